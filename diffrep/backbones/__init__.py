@@ -1,0 +1,7 @@
+"""Frozen networks that can be read, and how to load them."""
+
+from diffrep.backbones.backbone import Backbone, Layer
+from diffrep.backbones.codec import Posterior
+from diffrep.backbones.registry import list_backbones, load_backbone
+
+__all__ = ["Backbone", "Layer", "Posterior", "list_backbones", "load_backbone"]

@@ -1,0 +1,33 @@
+"""Schemas and their loader. No torch in here: the command answers `--help` and config errors without it."""
+
+from diffrep.config.loader import digest, load_config, to_plain, to_yaml, validate
+from diffrep.config.schema import (
+    AttentionConfig,
+    BackboneConfig,
+    DataConfig,
+    ExtractConfig,
+    FeatureRequest,
+    LevelSpec,
+    ModelConfig,
+    ProbeConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AttentionConfig",
+    "BackboneConfig",
+    "DataConfig",
+    "ExtractConfig",
+    "FeatureRequest",
+    "LevelSpec",
+    "ModelConfig",
+    "ProbeConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "digest",
+    "load_config",
+    "to_plain",
+    "to_yaml",
+    "validate",
+]

@@ -1,0 +1,154 @@
+"""YAML files and `key=value` overrides -> one validated config, with every error in one message."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from yaml import YAMLError
+
+from diffrep.config.schema import Section
+from diffrep.errors import ConfigError, suggest
+
+T = TypeVar("T", bound=Section)
+
+
+def load_config(schema: type[T], files: list[str | Path] = (), overrides: list[str] = ()) -> T:
+    """Merges files, then overrides (later ones win), and validates.
+
+    Args:
+        schema: Section to validate against.
+        files: YAML files. A `base:` key (a path or a list, relative to the file) names files that come before it.
+        overrides: Dotted `key=value` words; values are YAML, so `levels=[1,10]` is a list.
+
+    Raises:
+        ConfigError: A file cannot be read, or any keys or values are wrong; all of them are in the message.
+    """
+    merged = OmegaConf.create({})
+    for file in files:
+        merged = OmegaConf.merge(merged, _read(schema, Path(file), ()))
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"cannot read the override {word!r}; write key=value, for example batch_size=32")
+        try:
+            given = OmegaConf.from_dotlist([word])
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"cannot read the override {word!r}: {_first_line(error)}") from error
+        merged = OmegaConf.merge(merged, _spread_bare_values(schema, given))
+    try:
+        plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"cannot resolve the config: {_first_line(error)}") from error
+    return validate(schema, plain, ", ".join(str(f) for f in files) or "arguments")
+
+
+def validate(schema: type[T], values: dict[str, Any], where: str = "arguments") -> T:
+    """Validates plain values.
+
+    Raises:
+        ConfigError: With one line for each wrong key or value.
+    """
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(schema, e) for e in error.errors(include_url=False))
+        count = f"{len(lines)} error{'s' if len(lines) > 1 else ''}"
+        raise ConfigError(f"{count} in {where}:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def to_plain(config: Any) -> Any:
+    """Returns a config or a `FeatureRequest` as plain dicts and lists."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def to_yaml(config: Any) -> str:
+    """Returns the resolved config as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+
+
+def digest(value: Any) -> str:
+    """Returns the first 16 hex digits of the SHA-256 of a JSON value with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(schema: type[Section], file: Path, open_files: tuple[Path, ...]) -> DictConfig:
+    if file.resolve() in open_files:
+        raise ConfigError(f"{file}: its base files lead back to itself")
+    try:
+        node = OmegaConf.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"no config file {str(file)!r}") from None
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot read {file}: {_first_line(error)}") from error
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{file}: expected keys and values, got a list")
+    bases = node.pop("base", [])
+    merged = OmegaConf.create({})
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = OmegaConf.merge(merged, _read(schema, file.parent / base, (*open_files, file.resolve())))
+    return OmegaConf.merge(merged, _spread_bare_values(schema, node))
+
+
+def _spread_bare_values(schema: type[Section], node: DictConfig) -> DictConfig:
+    """Turns `data: PATH` into `data: {path: PATH}` before merging, so that it keeps the section's other keys."""
+    for key in list(node):
+        section = _section(schema, str(key))
+        if section is None:
+            continue
+        value = node[key]
+        if isinstance(value, DictConfig):
+            node[key] = _spread_bare_values(section, value)
+        elif isinstance(value, str) and section.main_field:
+            node[key] = {section.main_field: value}
+    return node
+
+
+def _section(schema: Any, key: str) -> type[Section] | None:
+    field = getattr(schema, "model_fields", {}).get(key)
+    if field is None:
+        return None
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
+
+
+def _explain(schema: type[Section], error: dict[str, Any]) -> str:
+    where = [part for part in error["loc"] if not _is_union_tag(part)]
+    path = ".".join(str(part) for part in where) or "config"
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known_keys(schema, where[:-1])
+        return f"{path}: unknown key; {suggest(str(where[-1]), known, first=30)}"
+    if error["type"] == "missing":
+        return f"{path}: required and not given"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
+    return f"{path}: {message}{shown}"
+
+
+def _is_union_tag(part: Any) -> bool:
+    # pydantic puts the tried member of a union into the location: literal['none','mean'], constrained-int, ...
+    return isinstance(part, str) and (part.startswith(("literal[", "constrained-", "dict[", "function-", "tuple["))
+                                      or part in ("int", "float", "str"))
+
+
+def _known_keys(schema: Any, path: list[Any]) -> list[str]:
+    for part in path:
+        field = getattr(schema, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        members = [field.annotation, *get_args(field.annotation)]
+        schema = next((m for m in members if hasattr(m, "model_fields") or hasattr(m, "__pydantic_fields__")), None)
+    fields = getattr(schema, "model_fields", None) or getattr(schema, "__pydantic_fields__", {})
+    return list(fields)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,156 @@
+"""A set of images with a stable id for each sample, and the transform that brings them to the backbone's input."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from diffrep.errors import ConfigError, DataError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class Transform:
+    """PIL image -> (C, H, W) fp32 in [0, 1].
+
+    Attributes:
+        channels: 1 (luma, ITU-R 601) or 3 (RGB).
+        size: Side of the square result; None keeps the image's size.
+        fit: "resize" both sides, "crop" (short side to `size`, centre crop) or "pad" with zeros to `size`, centred.
+    """
+
+    channels: int
+    size: int | None = None
+    fit: str = "resize"
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Transforms one image."""
+        image = image.convert({1: "L", 3: "RGB"}[self.channels])
+        if self.size is not None and image.size != (self.size, self.size):
+            image = getattr(self, f"_{self.fit}")(image)
+        array = np.asarray(image)
+        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        return torch.from_numpy(array.astype(np.float32) / 255)
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        scale = self.size / min(image.size)
+        width, height = (max(self.size, round(side * scale)) for side in image.size)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def _pad(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        if max(width, height) > self.size:
+            raise DataError(f"fit 'pad' cannot bring {width}x{height} pixels to {self.size}; use 'resize' or 'crop'")
+        canvas = Image.new(image.mode, (self.size, self.size))
+        canvas.paste(image, ((self.size - width) // 2, (self.size - height) // 2))
+        return canvas
+
+
+class Reader(Protocol):
+    """One split of a source of images. Integers index it; ids never change between runs or machines."""
+
+    ids: list[str]
+    labels: np.ndarray | None
+
+    def image(self, index: int) -> Image.Image:
+        """Reads one image; raises DataError naming it when it cannot be decoded."""
+
+    def fingerprint(self) -> list[object]:
+        """Names and sizes that change when the files do."""
+
+
+@dataclass
+class ImageSet(Dataset):
+    """Images of one or several splits, one after another.
+
+    Indexing gives (C, H, W) fp32 in [0, 1].
+
+    Attributes:
+        readers: One reader for each split, in order.
+        transform: Applied to every image.
+        classes: Class names in the order of the label numbers, when the source has them.
+        limit: First n samples of each split; a dict limits splits by name.
+    """
+
+    readers: dict[str, Reader]
+    transform: Transform
+    classes: list[str] | None = None
+    limit: int | dict[str, int] | None = None
+    splits: dict[str, range] = field(init=False)
+
+    def __post_init__(self):
+        if isinstance(self.limit, dict):
+            for name in self.limit:
+                if name not in self.readers:
+                    raise UnknownNameError("split in data.limit", name, self.readers)
+        self.splits, start = {}, 0
+        for name, reader in self.readers.items():
+            limit = self.limit.get(name) if isinstance(self.limit, dict) else self.limit
+            count = min(len(reader.ids), limit or len(reader.ids))
+            self.splits[name] = range(start, start + count)
+            start += count
+        if start == 0:
+            raise DataError("the data set holds no images")
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows in self.splits.values())
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        reader, row = self._locate(index)
+        try:
+            return self.transform(reader.image(row))
+        except DataError as error:
+            raise DataError(f"{reader.ids[row]}: {error}") from error
+
+    def id(self, index: int) -> str:
+        """Returns the id of a sample."""
+        reader, row = self._locate(index)
+        return reader.ids[row]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every split has labels."""
+        return all(reader.labels is not None for reader in self.readers.values())
+
+    def label(self, index: int) -> int:
+        """Returns the label of a sample of a labelled set."""
+        reader, row = self._locate(index)
+        return int(reader.labels[row])
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the sources' file names and sizes, the splits, and how many samples are used of each."""
+        parts = [(name, len(rows), self.readers[name].fingerprint()) for name, rows in self.splits.items()]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _locate(self, index: int) -> tuple[Reader, int]:
+        for name, rows in self.splits.items():
+            if index in rows:
+                return self.readers[name], index - rows.start
+        raise IndexError(f"sample {index} of {len(self)}")
+
+
+def pick_splits(available: list[str], wanted: tuple[str, ...] | None) -> list[str]:
+    """Returns the wanted splits, or all of them.
+
+    Raises:
+        UnknownNameError: A wanted split is not available.
+        ConfigError: A split is named twice.
+    """
+    if wanted is None:
+        return available
+    for name in wanted:
+        if name not in available:
+            raise UnknownNameError("split", name, available)
+    if len(set(wanted)) != len(wanted):
+        raise ConfigError(f"data.splits names a split twice: {list(wanted)}")
+    return list(wanted)

@@ -1,0 +1,180 @@
+"""Extraction of a whole data set into a feature store: resumable, on one process or many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import tqdm
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from diffrep import dist
+from diffrep.backbones import Backbone, load_backbone
+from diffrep.backbones.registry import read_weights
+from diffrep.config import BackboneConfig, ExtractConfig, to_plain
+from diffrep.data import ImageSet, open_images
+from diffrep.errors import ConfigError, DataError
+from diffrep.extract.extractor import Extractor
+from diffrep.extract.plan import Plan
+from diffrep.store import NUMERICS, FeatureStore, StoreWriter, Unit
+
+PACKAGES = ("diffrep", "torch", "diffusers", "numpy", "pillow")
+
+
+class ExtractJob:
+    """One extraction, ready to be printed or run.
+
+    Args:
+        config: What to extract.
+        backbone: A loaded backbone in place of `config.backbone`, which then only names it.
+
+    Raises:
+        ConfigError: Backbone, data and request do not go together.
+    """
+
+    def __init__(self, config: ExtractConfig, backbone: Backbone | None = None):
+        self.config = config
+        self.backbone = backbone or open_backbone(config.backbone)
+        self.images = open_images(config.data, self.backbone.image_channels)
+        self.cond = None if config.cond is None else _read_cond(Path(config.cond))
+        self.extractor = Extractor(self.backbone, config.request, config.batch_size)
+
+    def plan(self) -> Plan:
+        """Returns the plan for the first image's size."""
+        return self.extractor.plan(*self._size)
+
+    @cached_property
+    def _size(self) -> tuple[int, int]:
+        if self.config.data.size:
+            return self.config.data.size, self.config.data.size
+        readable = _Readable(self.images)
+        first = next((image for _, image, problem in map(readable.__getitem__, range(len(self.images))) if problem is None), None)
+        if first is None:
+            raise DataError(f"no image of {self.config.data.path} can be read")
+        return tuple(first.shape[-2:])
+
+    def text(self) -> str:
+        """Returns what the job would do, in lines."""
+        units = -(-len(self.images) // self.config.unit_size)
+        splits = ", ".join(f"{name} {len(rows):,}" for name, rows in self.images.splits.items())
+        return f"splits    {splits}\nunits     about {units:,} of {self.config.unit_size:,} samples\n{self.plan().text(len(self.images))}"
+
+    def meta(self) -> dict[str, Any]:
+        """Returns the store's meta.json."""
+        plan, request = self.plan(), to_plain(self.config.request)
+        described = self.backbone.describe()
+        if self.cond is not None:
+            described["cond"] = [list(self.cond.shape), float(self.cond.double().sum())]
+        levels = [[str(spec), self.backbone.schedule.level(spec)] for spec in self.config.request.levels]
+        transform = self.images.transform
+        return {
+            "numerics": NUMERICS,
+            "backbone": described,
+            "request": request,
+            "layers": {name: list(shape) for name, shape in plan.shapes.items()},
+            "levels": [[spec, level.key, level.time, level.signal, level.noise] for spec, level in levels],
+            "data": {"fingerprint": self.images.fingerprint(), "path": Path(self.config.data.path).name},
+            "transform": {"channels": transform.channels, "size": transform.size, "fit": transform.fit},
+            "splits": {name: [rows.start, rows.stop] for name, rows in self.images.splits.items()},
+            "classes": self.images.classes,
+            "unit_size": self.config.unit_size,
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+
+    def run(self) -> FeatureStore:
+        """Extracts what is missing and returns the finished store.
+
+        Every process takes a share of the missing units; nothing is gathered.
+
+        Raises:
+            StoreError: The folder holds another store, or cannot be written.
+            DataError: An image cannot be read and `on_error` is "stop"; finished units stay.
+        """
+        state = dist.state()
+        meta = self.meta()
+        writer = None
+        with state.main_process_first():
+            writer = StoreWriter(self.config.out, meta)
+        missing = writer.missing()
+        state.wait_for_everyone()
+        mine = missing[state.process_index :: state.num_processes]
+        done = len(self.images) - sum(len(unit.rows) for unit in missing)
+        bar = tqdm(total=len(self.images), initial=done, desc="extract", unit="image", main_process_only=True)
+        for unit in mine:
+            self._extract_unit(writer, unit, bar, state.num_processes)
+        bar.close()
+        state.wait_for_everyone()
+        if state.is_main_process:
+            writer.finish()
+        state.wait_for_everyone()
+        return FeatureStore(self.config.out)
+
+    def _extract_unit(self, writer: StoreWriter, unit: Unit, bar: tqdm, processes: int) -> None:
+        parts: dict[str, list[torch.Tensor]] = {f"{la}@{le}": [] for la in self.plan().shapes for le in self.plan().draws}
+        ids: list[str] = []
+        rows: list[int] = []
+        skipped: list[dict[str, str]] = []
+        for batch in self._batches(unit):
+            good = [(row, image) for row, image, problem in batch if problem is None]
+            for row, _, problem in batch:
+                if problem is not None and self.config.on_error == "stop":
+                    raise DataError(f"{problem}; finished units stay. Mend it and run again, or use on_error=skip")
+                if problem is not None:
+                    skipped.append({"id": self.images.id(row), "reason": problem})
+            if good:
+                images = _stack([image for _, image in good])
+                names = [self.images.id(row) for row, _ in good]
+                for (layer, level), tensor in self.extractor(images, ids=names, cond=self.cond).items():
+                    parts[f"{layer}@{level}"].append(tensor)
+                ids += names
+                rows += [row for row, _ in good]
+            bar.update(len(batch) * processes)
+        labels = [self.images.label(row) for row in rows] if self.images.labelled else None
+        tensors = {name: torch.cat(part) for name, part in parts.items() if part}
+        writer.write(unit, tensors, ids, rows, labels, skipped)
+
+    def _batches(self, unit: Unit) -> Iterator[list[tuple[int, torch.Tensor | None, str | None]]]:
+        readable = Subset(_Readable(self.images), unit.rows)
+        yield from DataLoader(
+            readable, batch_size=self.config.batch_size, num_workers=self.config.workers, collate_fn=list
+        )
+
+
+def open_backbone(config: BackboneConfig) -> Backbone:
+    """Loads the backbone that a config names."""
+    return load_backbone(**config.model_dump())
+
+
+class _Readable(Dataset):
+    """Images that come with their row and, where reading failed, the reason in place of an image.
+
+    The reason travels as a value because an exception from a data-loader worker arrives wrapped in its traceback.
+    """
+
+    def __init__(self, images: ImageSet):
+        self.images = images
+
+    def __getitem__(self, row: int) -> tuple[int, torch.Tensor | None, str | None]:
+        try:
+            return row, self.images[row], None
+        except DataError as error:
+            return row, None, str(error)
+
+
+def _stack(images: list[torch.Tensor]) -> torch.Tensor:
+    sizes = {tuple(image.shape[-2:]) for image in images}
+    if len(sizes) > 1:
+        raise ConfigError(f"images of one batch differ in size, for example {sorted(sizes)[:2]}; set data.size")
+    return torch.stack(images)
+
+
+def _read_cond(file: Path) -> torch.Tensor:
+    state = read_weights(file)
+    if not isinstance(state, dict) or len(state) != 1:
+        names = list(state) if isinstance(state, dict) else type(state).__name__
+        raise ConfigError(f"{file} must hold one tensor, prompt embeddings (T, C); it holds {names}")
+    return next(iter(state.values()))

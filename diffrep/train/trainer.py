@@ -1,0 +1,184 @@
+"""Denoising training through Accelerate, with an average of the weights and exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed, tqdm
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
+
+from diffrep import dist
+from diffrep.config import TrainConfig, to_plain, to_yaml
+from diffrep.data import open_images
+from diffrep.errors import ConfigError, DiffrepError
+from diffrep.train.objective import Denoising
+from diffrep.train.order import StepBatches, step_rng
+
+# Keys that may change between a run and its resume without changing a single number of it.
+FREE_KEYS = ("out", "checkpoint_every", "keep", "log_every", "workers")
+
+
+def train(config: TrainConfig) -> Path:
+    """Trains a network, or goes on with the run in `config.out`.
+
+    Writes `config.yaml`, `log.jsonl` (loss, learning rate, gradient norm, images/s), `checkpoints/step-*` and, at the
+    end, `model/`: a folder that `diffrep.load_backbone` opens, with the averaged weights.
+
+    Returns:
+        The path of `model/`.
+
+    Raises:
+        ConfigError: The run folder belongs to another config, or the batch does not divide among the processes.
+        DiffrepError: The loss is not finite.
+    """
+    run = Path(config.out)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        dynamo_backend="inductor" if config.compile else "no",
+        dataloader_config=DataLoaderConfiguration(),
+    )
+    if config.batch_size % accelerator.num_processes:
+        raise ConfigError(f"batch_size {config.batch_size} does not divide among {accelerator.num_processes} processes")
+    if accelerator.is_main_process:
+        _claim(run, config)
+    accelerator.wait_for_everyone()
+
+    set_seed(config.seed)
+    network = getattr(diffusers, config.model.kind)(**config.model.args)
+    images = open_images(config.data, channels=network.config.in_channels)
+    objective = Denoising(config.schedule, config.timesteps)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    ema = EMAModel(network.parameters(), decay=config.ema)
+    accelerator.register_for_checkpointing(ema)
+    first = _resume(accelerator, run)
+
+    batches = StepBatches(
+        len(images), config.batch_size, config.seed, first, config.steps, accelerator.process_index,
+        accelerator.num_processes,
+    )
+    loader = DataLoader(images, batch_sampler=batches, num_workers=config.workers, pin_memory=torch.cuda.is_available())
+    bar = tqdm(total=config.steps, initial=first, desc="train", unit="step")
+    losses, since, norm = [], time.perf_counter(), torch.zeros(())
+    for step, clean in enumerate(loader, start=first):
+        clean, t, eps = _step_inputs(objective, config, step, clean, accelerator)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * _rate(step, config.warmup, config.steps)
+        with accelerator.autocast():
+            loss = objective.loss(model, clean, t, eps)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(network.parameters())
+        losses.append(loss.detach())
+        bar.update()
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            if not math.isfinite(mean):
+                raise DiffrepError(f"the loss is {mean} before step {done}; lower lr, or train with mixed_precision=no")
+            seconds = time.perf_counter() - since
+            if accelerator.is_main_process:
+                line = {"step": done, "loss": mean, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
+                        "images_per_s": len(losses) * config.batch_size / seconds}
+                with open(run / "log.jsonl", "a") as log:
+                    log.write(json.dumps(line) + "\n")
+                bar.set_postfix(loss=f"{mean:.4f}")
+            losses, since = [], time.perf_counter()
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            _save(accelerator, run, done, config.keep)
+    bar.close()
+    if accelerator.is_main_process:
+        _export(network, ema, objective, run / "model", config.export_dtype)
+    accelerator.wait_for_everyone()
+    prepared = (model, optimizer)
+    del model, optimizer
+    dist.teardown(accelerator, *prepared)
+    return run / "model"
+
+
+def _step_inputs(
+    objective: Denoising, config: TrainConfig, step: int, clean: torch.Tensor, accelerator: Accelerator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # The draws are made for the whole batch and then cut, so they do not depend on the number of processes.
+    rng = step_rng(config.seed, "step", step)
+    t, eps = objective.draw((config.batch_size, *clean.shape[1:]), rng)
+    mirrored = torch.from_numpy(rng.random(config.batch_size) < 0.5)
+    mine = slice(accelerator.process_index * len(clean), (accelerator.process_index + 1) * len(clean))
+    if config.flip:
+        clean = torch.where(mirrored[mine].view(-1, 1, 1, 1), clean.flip(-1), clean)
+    device = accelerator.device
+    return (clean * 2 - 1).to(device), t[mine].to(device), eps[mine].to(device)
+
+
+def _rate(step: int, warmup: int, steps: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _claim(run: Path, config: TrainConfig) -> None:
+    plain = to_plain(config)
+    stored = run / "config.json"
+    if stored.exists():
+        before = json.loads(stored.read_text())
+        differ = sorted(k for k in plain if k not in FREE_KEYS and plain[k] != before.get(k))
+        if differ:
+            changes = "; ".join(f"{k}: {before.get(k)} there, {plain[k]} now" for k in differ)
+            raise ConfigError(f"{run} holds a run with other settings ({changes}); use another out, or the same settings")
+    run.mkdir(parents=True, exist_ok=True)
+    stored.write_text(json.dumps(plain))
+    (run / "config.yaml").write_text(to_yaml(config))
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def _resume(accelerator: Accelerator, run: Path) -> int:
+    saved = _checkpoints(run)
+    if not saved:
+        return 0
+    step = int(saved[-1].name.removeprefix("step-"))
+    accelerator.load_state(str(saved[-1]))
+    log = run / "log.jsonl"
+    if accelerator.is_main_process and log.exists():
+        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+        log.write_text("".join(line + "\n" for line in lines))
+    accelerator.print(f"resumed {run} at step {step}")
+    return step
+
+
+def _save(accelerator: Accelerator, run: Path, step: int, keep: int) -> None:
+    """Writes a checkpoint whole or not at all, then drops the oldest."""
+    folder = run / "checkpoints"
+    partial = folder / f"partial-{step:07d}"
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        target = folder / f"step-{step:07d}"
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+        for old in _checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def _export(network: torch.nn.Module, ema: EMAModel, objective: Denoising, target: Path, dtype: str) -> None:
+    ema.store(network.parameters())
+    ema.copy_to(network.parameters())
+    torch.nn.Module.to(network, getattr(torch, dtype)).save_pretrained(target)
+    torch.nn.Module.float(network)
+    ema.restore(network.parameters())
+    objective.scheduler.save_pretrained(target / "scheduler")
