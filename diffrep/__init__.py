@@ -1,5 +1,49 @@
-"""diffrep: read representations out of frozen diffusion models."""
+"""diffrep: read representations out of frozen diffusion models.
+
+The public names load on first use, so that `import diffrep` and `diffrep --help` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 from diffrep._version import __version__
 
-__all__ = ["__version__"]
+_HOMES = {
+    "Backbone": "backbones",
+    "Layer": "backbones",
+    "list_backbones": "backbones",
+    "load_backbone": "backbones",
+    "AttentionConfig": "config",
+    "BackboneConfig": "config",
+    "DataConfig": "config",
+    "ExtractConfig": "config",
+    "FeatureRequest": "config",
+    "ProbeConfig": "config",
+    "TrainConfig": "config",
+    "load_config": "config",
+    "open_images": "data",
+    "Extractor": "extract",
+    "Features": "extract",
+    "Plan": "extract",
+    "ExtractJob": "extract.job",
+    "run_extract": "extract.job",
+    "AttentionPool": "heads",
+    "LinearHead": "heads",
+    "run_probe": "probe",
+    "write_report": "report",
+    "FeatureStore": "store",
+    "run_train": "train",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"diffrep.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'diffrep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

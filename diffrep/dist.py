@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 
 
 def state() -> PartialState:
     """Returns Accelerate's view of this process; creates the process group when a launcher asks for one."""
     return PartialState()
+
+
+def launch(processes: int, words: list[str]) -> int:
+    """Runs `diffrep WORDS` in several processes on this machine and returns the exit status.
+
+    torchrun, because `accelerate launch --cpu --num_processes N` runs one process and says nothing.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    if not torch.cuda.is_available():
+        environment["ACCELERATE_USE_CPU"] = "true"
+    return subprocess.run([*command, "-m", "diffrep", *words], env=environment).returncode
 
 
 def teardown(accelerator: Accelerator | None = None, *prepared: Any) -> None:

@@ -25,7 +25,7 @@ class UnknownNameError(ConfigError):
     """
 
     def __init__(self, what: str, name: str, known: Iterable[str], hint: str = ""):
-        super().__init__(f"unknown {what} {name!r}; {suggest(name, list(known))}{'. ' + hint if hint else ''}")
+        super().__init__(" ".join(filter(None, [f"unknown {what} {name!r}; {suggest(name, list(known))}", hint])))
 
 
 class LayerError(DiffrepError):
@@ -54,4 +54,4 @@ def suggest(name: str, known: list[str], first: int = 12) -> str:
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     shown = ", ".join(known[:first]) + (f", ... ({len(known)} in all)" if len(known) > first else "")
-    return f"known: {shown or 'none'}"
+    return f"known: {shown or 'none'}."

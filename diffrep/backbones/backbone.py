@@ -244,12 +244,19 @@ class Backbone(ABC):
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def flops(self, addresses: Iterable[Address], height: int, width: int) -> int:
-        """Returns the FLOPs of one image's forward that stops after the deepest address, for an input (height, width)."""
-        calls = {call.module: call for call in self._dry_run(height, width)[0]}
-        return max(
-            calls[a.module].flops_to_input if a.point == "input" else calls[a.module].flops_to_here for a in addresses
-        )
+    def flops(self, addresses: dict[str, Address], height: int, width: int) -> tuple[dict[str, int], int]:
+        """Counts FLOPs of one image's forward for an input (height, width).
+
+        Returns:
+            FLOPs of a forward that stops after each address, and FLOPs of the whole network.
+        """
+        trace, total = self._dry_run(height, width)
+        calls = {call.module: call for call in trace}
+        spent = {
+            name: calls[a.module].flops_to_input if a.point == "input" else calls[a.module].flops_to_here
+            for name, a in addresses.items()
+        }
+        return spent, total
 
     def shapes(
         self, addresses: dict[str, Address], height: int, width: int, tokens: bool = False

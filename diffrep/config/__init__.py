@@ -1,6 +1,7 @@
 """Schemas and their loader. No torch in here: the command answers `--help` and config errors without it."""
 
 from diffrep.config.loader import digest, load_config, to_plain, to_yaml, validate
+from diffrep.config.results import read_results, write_results
 from diffrep.config.schema import (
     AttentionConfig,
     BackboneConfig,
@@ -27,7 +28,9 @@ __all__ = [
     "TrainConfig",
     "digest",
     "load_config",
+    "read_results",
     "to_plain",
     "to_yaml",
     "validate",
+    "write_results",
 ]

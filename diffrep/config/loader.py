@@ -57,9 +57,14 @@ def validate(schema: type[T], values: dict[str, Any], where: str = "arguments") 
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(schema, e) for e in error.errors(include_url=False))
-        count = f"{len(lines)} error{'s' if len(lines) > 1 else ''}"
-        raise ConfigError(f"{count} in {where}:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+        found: dict[str, list[str]] = {}
+        for one in error.errors(include_url=False):
+            place, message = _explain(schema, one)
+            found.setdefault(place, []).append(message)
+        count = f"{len(found)} error{'s' if len(found) > 1 else ''}"
+        # Several messages at one place are the members of a union: any of them would do.
+        lines = [f"  - {place}: {', or '.join(dict.fromkeys(messages))}" for place, messages in found.items()]
+        raise ConfigError(f"{count} in {where}:\n" + "\n".join(lines)) from None
 
 
 def to_plain(config: Any) -> Any:
@@ -68,8 +73,8 @@ def to_plain(config: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    """Returns the resolved config as YAML text."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+    """Returns a config, or plain values, as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(config if isinstance(config, dict) else to_plain(config)))
 
 
 def digest(value: Any) -> str:
@@ -119,18 +124,17 @@ def _section(schema: Any, key: str) -> type[Section] | None:
     return None
 
 
-def _explain(schema: type[Section], error: dict[str, Any]) -> str:
+def _explain(schema: type[Section], error: dict[str, Any]) -> tuple[str, str]:
     where = [part for part in error["loc"] if not _is_union_tag(part)]
-    path = ".".join(str(part) for part in where) or "config"
+    place = ".".join(str(part) for part in where) or "config"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(schema, where[:-1])
-        return f"{path}: unknown key; {suggest(str(where[-1]), known, first=30)}"
+        return place, f"unknown key; {suggest(str(where[-1]), known, first=30)}"
     if error["type"] == "missing":
-        return f"{path}: required and not given"
+        return place, "required and not given"
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
-    shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
-    return f"{path}: {message}{shown}"
+    return place, message if isinstance(given, (dict, BaseModel)) else f"{message} (got {given!r})"
 
 
 def _is_union_tag(part: Any) -> bool:

@@ -151,6 +151,7 @@ class AttentionConfig(Section):
     """The attention-pooled head on stored maps; see `diffrep.heads.AttentionPool`.
 
     Attributes:
+        store: Store with the maps, of the same samples; None takes the store that is probed.
         layer: Address to train on; None takes the best linear one.
         level: Level to train on; None takes the best linear one.
         width: Token width inside the head.
@@ -164,6 +165,7 @@ class AttentionConfig(Section):
         flip: Mirror maps at random; only sound when mirrored images keep their label.
     """
 
+    store: PathText | None = None
     layer: str | None = None
     level: LevelSpec | None = None
     width: PositiveInt = 128

@@ -11,7 +11,7 @@ from diffrep.data.folder import read_folder
 from diffrep.data.images import ImageSet, Transform, pick_splits
 from diffrep.errors import DataError, suggest
 
-BUNDLED = ("fashion-demo",)
+BUNDLED = {"fashion-demo": "4,000 training and 1,000 test images of Fashion-MNIST, 28x28, one channel, 10 classes"}
 __all__ = ["BUNDLED", "ImageSet", "Transform", "open_images"]
 
 

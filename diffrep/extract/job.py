@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +65,18 @@ class ExtractJob:
         splits = ", ".join(f"{name} {len(rows):,}" for name, rows in self.images.splits.items())
         return f"splits    {splits}\nunits     about {units:,} of {self.config.unit_size:,} samples\n{self.plan().text(len(self.images))}"
 
+    def expected_time(self) -> str:
+        """Measures one batch on random images and returns the time that the missing part would take, in words."""
+        height, width = self._size
+        plan, config = self.plan(), self.config
+        count = max(1, config.batch_size // plan.forwards)
+        images = torch.rand(count, self.backbone.image_channels, height, width)
+        self.extractor(images[:1], cond=self.cond)
+        began = time.perf_counter()
+        self.extractor(images, cond=self.cond)
+        seconds = (time.perf_counter() - began) / count * len(self.images)
+        return f"about {timedelta(seconds=round(seconds))} on {self.backbone.device}, from one batch"
+
     def meta(self) -> dict[str, Any]:
         """Returns the store's meta.json."""
         plan, request = self.plan(), to_plain(self.config.request)
@@ -75,7 +89,9 @@ class ExtractJob:
             "numerics": NUMERICS,
             "backbone": described,
             "request": request,
-            "layers": {name: list(shape) for name, shape in plan.shapes.items()},
+            "layers": {
+                name: {"shape": list(shape), "cost": plan.costs[name]} for name, shape in plan.shapes.items()
+            },
             "levels": [[spec, level.key, level.time, level.signal, level.noise] for spec, level in levels],
             "data": {"fingerprint": self.images.fingerprint(), "path": Path(self.config.data.path).name},
             "transform": {"channels": transform.channels, "size": transform.size, "fit": transform.fit},
@@ -142,6 +158,11 @@ class ExtractJob:
         yield from DataLoader(
             readable, batch_size=self.config.batch_size, num_workers=self.config.workers, collate_fn=list
         )
+
+
+def run_extract(config: ExtractConfig) -> FeatureStore:
+    """Extracts a data set into the store `config.out`, or what is missing of it, and returns the store."""
+    return ExtractJob(config).run()
 
 
 def open_backbone(config: BackboneConfig) -> Backbone:

@@ -26,6 +26,7 @@ class Plan:
         levels: The levels.
         draws: Forward passes per level, by key: the request's draws, or 1 where all draws would be equal.
         shapes: Shape of one sample's feature, by layer.
+        costs: FLOPs of one forward that stops after a layer, over those of the whole network.
         encode_flops: FLOPs of encoding one image.
         forward_flops: FLOPs of one truncated forward.
         dtype: Element type of the stored features.
@@ -35,6 +36,7 @@ class Plan:
     levels: LevelTable
     draws: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
+    costs: dict[str, float]
     encode_flops: int
     forward_flops: int
     dtype: str
@@ -91,13 +93,15 @@ def make_plan(backbone: Backbone, request: FeatureRequest, height: int, width: i
     }
     latent = (height // backbone.codec.downscale, width // backbone.codec.downscale)
     maps = backbone.shapes(addresses, *latent, tokens=request.tokens)
+    flops, total = backbone.flops(addresses, *latent)
     return Plan(
         addresses,
         levels,
         draws,
         {name: pooled_shape(shape, request.pool) for name, shape in maps.items()},
+        {name: count / total for name, count in flops.items()},
         backbone.encode_flops(height, width),
-        backbone.flops(addresses.values(), *latent),
+        max(flops.values()),
         request.dtype,
     )
 

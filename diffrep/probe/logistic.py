@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from diffrep.heads import LinearHead
 
-HISTORY = 10
+# More pairs than the usual 10: features are strongly correlated, and a pair costs little beside a product with them.
+HISTORY = 30
 TOLERANCE = 1e-4
 
 

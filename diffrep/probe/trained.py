@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from diffrep.config import AttentionConfig
 from diffrep.errors import ConfigError
@@ -41,7 +42,7 @@ def train_attention(
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
 
-    shape = store.meta["layers"][layer]
+    shape = store.meta["layers"][layer]["shape"]
     if len(shape) != 3:
         raise ConfigError(f"attention pooling needs maps, {layer} is stored as {tuple(shape)}; extract with pool none or k")
     if config.width % config.heads:
@@ -61,10 +62,11 @@ def train_attention(
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         trainer = lightning.Trainer(
             max_epochs=config.epochs,
-            callbacks=[saver],
+            callbacks=[saver, _epoch_bar()],
             logger=CSVLogger(out, name=None, version=""),
             log_every_n_steps=20,
             enable_model_summary=False,
+            enable_progress_bar=False,
             num_sanity_val_steps=0,
             devices=1,
         )
@@ -73,10 +75,28 @@ def train_attention(
         parts = trainer.predict(module, loaders["test"])
     labels = task.labels[task.test]
     hits = (torch.cat(parts).argmax(1) == labels).numpy()
-    setting = {**config.model_dump(exclude={"layer", "level"}), "dim": int(np.prod(shape))}
+    setting = {**config.model_dump(exclude={"store", "layer", "level"}), "dim": int(np.prod(shape))}
     val = float(saver.best_model_score)
     score = Score("attention pool", "attention", layer, level, val, float(hits.mean()), bootstrap_interval(hits), setting)
     return score, module.head
+
+
+def _epoch_bar():  # noqa: ANN202 - a Lightning callback
+    """Returns a callback that shows one line for the whole training in place of two bars an epoch."""
+    import lightning
+
+    class EpochBar(lightning.Callback):
+        def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+            self.bar = tqdm(total=trainer.max_epochs, desc="attention", unit="epoch", disable=not trainer.is_global_zero)
+
+        def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+            self.bar.update()
+            self.bar.set_postfix(val=f"{float(trainer.callback_metrics['val_accuracy']):.3f}")
+
+        def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+            self.bar.close()
+
+    return EpochBar()
 
 
 def _rows(store: FeatureStore, layer: str, level: str, rows: np.ndarray) -> LayerDataset:
@@ -103,14 +123,14 @@ def _module(config: AttentionConfig, shape: list[int], task: Task, seed: int):  
                 mirrored = torch.rand(len(maps), 1, 1, 1, device=maps.device) < 0.5
                 maps = torch.where(mirrored, maps.flip(-1), maps)
             loss = F.cross_entropy(self.head(maps), labels)
-            self.log("train_loss", loss, prog_bar=True)
+            self.log("train_loss", loss)
             return loss
 
         def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> None:
             maps, labels = batch
             hits = (self.head(maps).argmax(1) == labels).float()
             # Lightning weighs each batch by its size, so the short last batch counts as it should.
-            self.log("val_accuracy", hits.mean(), prog_bar=True, batch_size=len(labels))
+            self.log("val_accuracy", hits.mean(), batch_size=len(labels))
 
         def predict_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
             return self.head(batch[0])

@@ -1,5 +1,5 @@
-"""Training of diffusion models; `train` is the whole of it."""
+"""Training of diffusion models; `run_train` is the whole of it."""
 
-from diffrep.train.trainer import train
+from diffrep.train.trainer import run_train
 
-__all__ = ["train"]
+__all__ = ["run_train"]

@@ -27,7 +27,7 @@ from diffrep.train.order import StepBatches, step_rng
 FREE_KEYS = ("out", "checkpoint_every", "keep", "log_every", "workers")
 
 
-def train(config: TrainConfig) -> Path:
+def run_train(config: TrainConfig) -> Path:
     """Trains a network, or goes on with the run in `config.out`.
 
     Writes `config.yaml`, `log.jsonl` (loss, learning rate, gradient norm, images/s), `checkpoints/step-*` and, at the

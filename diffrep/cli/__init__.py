@@ -1,0 +1,49 @@
+"""The `diffrep` command: one module a verb, each with `add_arguments` and `run`; torch is imported inside `run`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from diffrep._version import __version__
+from diffrep.errors import DiffrepError
+
+VERBS = {
+    "demo": "the whole path on the bundled network and images, ending in report.html",
+    "layers": "table of a backbone's layers: order, shape, stride, cost",
+    "extract": "images -> feature store",
+    "probe": "judge every layer and level of a store by classification",
+    "train": "train a small diffusion model",
+    "report": "write report.html again from a run folder",
+    "ls": "list bundled backbones, data sets and verbs",
+    "validate": "check a config and print it resolved",
+    "env": "versions, devices and threads, for bug reports",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0, 2 for an error a user can mend, 130 when interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="diffrep",
+        description="Read representations out of frozen diffusion models.",
+        epilog="Verbs that take a config: diffrep VERB [config.yaml ...] [key=value ...]. 'diffrep VERB --help' has examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"diffrep {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, text in VERBS.items():
+        module = import_module(f"diffrep.cli.{name}")
+        verb = verbs.add_parser(
+            name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except DiffrepError as error:
+        print(f"diffrep {arguments.verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was finished stays", file=sys.stderr)
+        return 130

@@ -1,0 +1,26 @@
+"""Check a config against its verb's schema and print it resolved.
+
+example:
+  diffrep validate extract configs/extract/folder.yaml data=PATH out=runs/photos
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from diffrep.cli.words import add_config, read_config
+
+SCHEMAS = {"extract": "ExtractConfig", "probe": "ProbeConfig", "train": "TrainConfig"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the verb's arguments."""
+    parser.add_argument("schema", choices=SCHEMAS, help="verb whose config it is")
+    add_config(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the resolved config."""
+    from diffrep import config
+
+    print(config.to_yaml(read_config(getattr(config, SCHEMAS[arguments.schema]), arguments.words)), end="")

@@ -1,0 +1,102 @@
+"""The demo: which layer and timestep of the bundled network know most about clothes, and how good a head on them is."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffrep.backbones import Backbone, load_backbone
+from diffrep.config import AttentionConfig, BackboneConfig, DataConfig, ExtractConfig, FeatureRequest, ProbeConfig, write_results
+from diffrep.data import ImageSet, open_images
+from diffrep.extract import Extractor
+from diffrep.extract.job import ExtractJob
+from diffrep.probe.run import collect, save_heads
+from diffrep.probe.sweep import best, judge, make_task, score_knn, score_linear, sweep
+from diffrep.probe.trained import train_attention
+from diffrep.report import PICTURES, pca_rgb, write_report
+from diffrep.store import FeatureStore
+
+BACKBONE = "fashion-unet"
+LEVELS = (1, 5, 10, 20, 50, 100, 200, 300)
+ATTENTION = AttentionConfig(width=96, depth=1, heads=4, epochs=15, flip=True)
+PICTURED = 4
+
+
+def demo(out: Path, limit: int | None = None) -> dict[str, Any]:
+    """Runs the whole path on the bundled backbone and 5,000 bundled images, and writes the report.
+
+    Args:
+        out: Run folder; features that are already there are kept.
+        limit: Images in all, four fifths of them for training; None takes all 5,000.
+
+    Returns:
+        The metrics that stand in results.json.
+    """
+    began = time.perf_counter()
+    limits = None if limit is None else {"train": limit * 4 // 5, "test": limit - limit * 4 // 5}
+    data = DataConfig(path="fashion-demo", size=32, fit="pad", limit=limits)
+    config = ProbeConfig(store=str(out / "features"), out=str(out), attention=ATTENTION)
+    backbone = load_backbone(BACKBONE)
+
+    print("1/5 features of every block at 8 timesteps")
+    store = _extract(data, backbone, FeatureRequest("blocks", LEVELS, pool=4), Path(config.store))
+    task = make_task(store, config)
+    print("2/5 linear probe and kNN on each of them")
+    cells = sweep(store, task, config)
+    linear, knn = best(cells, "linear"), best(cells, "knn")
+    score, head = score_linear("linear", linear, store[linear.layer, linear.level], task, config)
+    scores = [score, score_knn("kNN", knn, store[knn.layer, knn.level], task, config)]
+
+    print("3/5 baselines: raw pixels, and the same network untrained")
+    images = open_images(data, backbone.image_channels)
+    pixels = torch.stack([images[row] for row in range(len(images))])
+    cell = judge("pixels", "", pixels, task, config)
+    scores.append(score_linear("linear on raw pixels", cell, pixels, task, config)[0])
+    around = _around(list(store.levels), linear.level)
+    blank = load_backbone(BACKBONE, init_seed=0)
+    untrained = _extract(data, blank, FeatureRequest("blocks", around, pool=4), out / "untrained")
+    cell = best(sweep(untrained, task, config), "linear")
+    scores.append(score_linear("linear on the untrained network", cell, untrained[cell.layer, cell.level], task, config)[0])
+
+    print("4/5 attention-pooled head on full maps")
+    layer, level = linear.layer, linear.level
+    maps = _extract(data, backbone, FeatureRequest(layer, level), out / "maps")
+    score, attention = train_attention(maps, layer, level, task, ATTENTION, out / "attention", config.seed)
+    scores.append(score)
+
+    print("5/5 pictures and report")
+    _draw(out / PICTURES, backbone, images)
+    seconds = time.perf_counter() - began
+    notes = [f"The whole run took {seconds:.0f} s on {torch.get_num_threads()} threads ({backbone.device})."]
+    metrics = collect(f"{BACKBONE} on {len(store):,} Fashion-MNIST images", store, task, cells, scores, notes)
+    write_results(out, config, config.seed, metrics)
+    save_heads(out, {"linear": head, "attention": attention})
+    write_report(out)
+    return metrics
+
+
+def _extract(data: DataConfig, backbone: Backbone, request: FeatureRequest, out: Path) -> FeatureStore:
+    config = ExtractConfig(
+        backbone=BackboneConfig(source=BACKBONE), data=data, request=request, out=str(out), batch_size=100
+    )
+    return ExtractJob(config, backbone).run()
+
+
+def _around(levels: list[str], center: str) -> list[str]:
+    first = min(max(levels.index(center) - 1, 0), len(levels) - 3)
+    return levels[first : first + 3]
+
+
+def _draw(file: Path, backbone: Backbone, images: ImageSet) -> None:
+    """Writes the first test images and the colour maps of every block at every level."""
+    rows = list(images.splits["test"])[:PICTURED]
+    inputs = torch.stack([images[row] for row in rows])
+    request = FeatureRequest("blocks", LEVELS, dtype="float32")
+    features = Extractor(backbone, request)(inputs, ids=[images.id(row) for row in rows])
+    arrays = {f"{layer}@{level}": pca_rgb(tensor.numpy()) for (layer, level), tensor in features.items()}
+    shown = (inputs[:, 0] * 255).byte().numpy()
+    np.savez_compressed(file, images=shown, layers=features.layers, levels=list(features.levels), **arrays)

@@ -1,0 +1,98 @@
+import pytest
+
+from diffrep.config import ExtractConfig, FeatureRequest, ProbeConfig, TrainConfig, load_config, to_plain
+from diffrep.errors import ConfigError
+
+MINIMAL = """
+backbone: fashion-unet
+data: {path: photos, size: 32}
+request: {layers: blocks, levels: [10]}
+out: features
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_later_words_win_and_a_bare_path_keeps_the_sections_other_keys(file):
+    config = load_config(ExtractConfig, [file], ["data=other", "batch_size=8", "request.levels=[1,sigma=0.7]"])
+    assert (config.data.path, config.data.size, config.batch_size) == ("other", 32, 8)
+    assert config.request.levels == (1, "sigma=0.7")
+    assert config.backbone.source == "fashion-unet"
+
+
+def test_base_files_come_first(file, tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text("base: config.yaml\nbatch_size: 3\ndata: there\n")
+    config = load_config(ExtractConfig, [child])
+    assert (config.batch_size, config.data.path, config.data.size) == (3, "there", 32)
+    file.write_text("base: child.yaml\n" + MINIMAL)
+    with pytest.raises(ConfigError, match="lead back"):
+        load_config(ExtractConfig, [child])
+
+
+def test_wrong_key_type_and_bound_come_in_one_message(file):
+    with pytest.raises(ConfigError) as caught:
+        load_config(ExtractConfig, [file], ["request.levls=[1]", "batch_size=many", "unit_size=0", "request.pool=quarter"])
+    message = str(caught.value)
+    assert "4 errors" in message
+    assert "request.levls: unknown key; did you mean 'levels'" in message
+    assert "batch_size: Input should be a valid integer" in message
+    assert "(got 'many')" in message
+    assert "unit_size: Input should be greater than 0 (got 0)" in message
+    assert "request.pool: Input should be 'none' or 'mean', or" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["batch_size"], "write key=value"),
+        (["=3"], "write key=value"),
+        (["data.name=CIFAR10"], "goes with kind: torchvision"),
+        (["request.levels=[]"], "request.levels"),
+        (["backbone.dtype=fp8"], "backbone.dtype"),
+    ],
+)
+def test_unreadable_words(file, words, text):
+    with pytest.raises(ConfigError, match=text):
+        load_config(ExtractConfig, [file], words)
+
+
+def test_missing_damaged_and_list_files(tmp_path):
+    with pytest.raises(ConfigError, match="no config file"):
+        load_config(ProbeConfig, [tmp_path / "none.yaml"])
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(ProbeConfig, [tmp_path / "bad.yaml"])
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="got a list"):
+        load_config(ProbeConfig, [tmp_path / "list.yaml"])
+
+
+def test_configs_are_frozen_and_round_trip():
+    request = FeatureRequest("blocks", 10)
+    assert request == FeatureRequest(["blocks"], [10])
+    assert FeatureRequest(**to_plain(request)) == request
+    with pytest.raises(Exception, match="frozen|cannot assign"):
+        request.draws = 2
+
+
+@pytest.mark.parametrize(
+    ("schema", "name", "words"),
+    [
+        (ExtractConfig, "extract/folder", ["data=X", "out=Y"]),
+        (ExtractConfig, "extract/cifar10", ["data=X", "out=Y"]),
+        (ExtractConfig, "extract/fashion_demo", ["out=Y"]),
+        (ExtractConfig, "extract/fashion_full", ["data=X", "out=Y"]),
+        (ExtractConfig, "extract/fashion_full_maps", ["data=X", "out=Y"]),
+        (ProbeConfig, "probe/default", ["store=X"]),
+        (ProbeConfig, "probe/fashion_full", ["store=X", "attention.store=Z"]),
+        (TrainConfig, "train/fashion_unet", ["data=X", "out=Y"]),
+    ],
+)
+def test_shipped_configs(schema, name, words):
+    load_config(schema, [f"configs/{name}.yaml"], words)
