@@ -189,7 +189,9 @@ def sample_noise(
 def _kind_and_value(text: str) -> tuple[str, float]:
     match = re.fullmatch(r"(?:(t|sigma|logsnr)\s*=\s*)?(\S+)", text)
     if match is None:
-        raise ConfigError(f"cannot read the level {text!r}; write 261, 'sigma=0.7', 'logsnr=1.2', 'clean' or 'clean@-1'")
+        raise ConfigError(
+            f"cannot read the level {text!r}; write 261, 'sigma=0.7', 'logsnr=1.2', 'clean' or 'clean@-1'"
+        )
     return match[1] or "t", _number(match[2], text)
 
 
@@ -199,5 +201,7 @@ def _number(text: str, whole: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ConfigError(f"cannot read the level {whole!r}; write 261, 'sigma=0.7', 'logsnr=1.2', 'clean' or 'clean@-1'")
+        raise ConfigError(
+            f"cannot read the level {whole!r}; write 261, 'sigma=0.7', 'logsnr=1.2', 'clean' or 'clean@-1'"
+        )
     return value

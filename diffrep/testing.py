@@ -6,7 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from PIL import Image
 
 from diffrep.backbones import Backbone, load_backbone
@@ -14,25 +21,49 @@ from diffrep.errors import UnknownNameError
 
 TINY = {
     "unet2d": {
-        "sample_size": 16, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4, "attention_head_dim": 8,
+        "sample_size": 16,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
     },
     "unet2d-condition": {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 12, "attention_head_dim": 2, "norm_num_groups": 4,
+        "cross_attention_dim": 12,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
     },
     "dit": {
-        "sample_size": 8, "in_channels": 4, "out_channels": 8, "num_layers": 3, "num_attention_heads": 2,
-        "attention_head_dim": 8, "patch_size": 2, "num_embeds_ada_norm": 10,
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 10,
     },
 }
 _CLASSES = {"unet2d": UNet2DModel, "unet2d-condition": UNet2DConditionModel, "dit": DiTTransformer2DModel}
 _VAE = {
-    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
-    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
 }
 
 
@@ -64,7 +95,9 @@ def save_tiny(kind: str, folder: str | Path, seed: int = 0) -> Path:
             DDPMScheduler().save_pretrained(folder / "scheduler")
         else:
             AutoencoderKL(**_VAE).save_pretrained(folder / "vae")
-            DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(folder / "scheduler")
+            DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
+                folder / "scheduler"
+            )
     return folder
 
 

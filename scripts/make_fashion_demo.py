@@ -2,8 +2,8 @@
 
     python scripts/make_fashion_demo.py PATH diffrep/data/bundled/fashion-demo.npz
 
-PATH is the folder of scripts/fashion_mnist.sh. Each split keeps its first 400 or 100 images of every class, class by class in
-turn, so that any prefix is balanced.
+PATH is the folder of scripts/fashion_mnist.sh. Each split keeps its first 400 or 100 images of every class, class by
+class in turn, so that any prefix is balanced.
 """
 
 import sys

@@ -57,8 +57,10 @@ class ClassLabels:
         labels = torch.as_tensor(cond, device=device)
         if labels.is_floating_point() or labels.ndim > 1:
             raise ConfigError(f"cond must be integer labels (B,), got {labels.dtype} {tuple(labels.shape)}")
-        if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < self.rows):
-            raise ConfigError(f"cond has labels outside 0 to {self.rows - 1}: {int(labels.min())} to {int(labels.max())}")
+        if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < self.rows):
+            raise ConfigError(
+                f"cond has labels outside 0 to {self.rows - 1}: {int(labels.min())} to {int(labels.max())}"
+            )
         return _for_batch(labels.reshape(-1), batch)
 
     def example(self) -> torch.Tensor:

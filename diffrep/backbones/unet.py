@@ -21,7 +21,9 @@ class UNet2D(Backbone):
         if network.config.class_embed_type is None and network.config.num_class_embeds is not None:
             return ClassLabels(network.config.num_class_embeds, null=None)
         if network.config.class_embed_type is not None:
-            raise ConfigError(f"UNet2DModel with class_embed_type {network.config.class_embed_type!r} is not supported")
+            raise ConfigError(
+                f"UNet2DModel with class_embed_type {network.config.class_embed_type!r} is not supported"
+            )
         return Unconditional()
 
     @property
@@ -57,7 +59,9 @@ class UNet2DCondition(UNet2D):
         config = network.config
         extra = config.addition_embed_type or config.class_embed_type or config.num_class_embeds
         if extra or not isinstance(config.cross_attention_dim, int):
-            raise ConfigError("UNet2DConditionModel with conditions besides prompt embeddings and time is not supported yet")
+            raise ConfigError(
+                "UNet2DConditionModel with conditions besides prompt embeddings and time is not supported yet"
+            )
         return PromptEmbeddings(config.cross_attention_dim)
 
     def call(self, network: nn.Module, x: torch.Tensor, time: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="diffrep",
         description="Read representations out of frozen diffusion models.",
-        epilog="Verbs that take a config: diffrep VERB [config.yaml ...] [key=value ...]. 'diffrep VERB --help' has examples.",
+        epilog="Configs: diffrep VERB [config.yaml ...] [key=value ...]. 'diffrep VERB --help' has examples.",
     )
     parser.add_argument("--version", action="version", version=f"diffrep {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)

@@ -1,6 +1,6 @@
 """Run the whole path on the bundled network and images: layers, features, probes, baselines, head, report.
 
-examples:
+Examples:
   diffrep demo
   diffrep demo --limit 500 --out runs/quick
 """
@@ -14,7 +14,9 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
     parser.add_argument("--limit", type=int, metavar="N", help="images in all, of the 5,000 (at least 100)")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run folder (default: runs/demo)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run folder (default: runs/demo)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

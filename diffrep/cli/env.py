@@ -17,8 +17,19 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     print(f"python       {platform.python_version()} on {platform.platform()}")
-    for name in ("diffrep", "torch", "torchvision", "diffusers", "accelerate", "timm", "lightning", "safetensors",
-                 "transformers", "datasets", "xformers"):
+    for name in (
+        "diffrep",
+        "torch",
+        "torchvision",
+        "diffusers",
+        "accelerate",
+        "timm",
+        "lightning",
+        "safetensors",
+        "transformers",
+        "datasets",
+        "xformers",
+    ):
         try:
             print(f"{name:<12} {version(name)}")
         except PackageNotFoundError:

@@ -1,6 +1,6 @@
 """Read features of a whole data set into a store; run it again to go on after a stop.
 
-examples:
+Examples:
   diffrep extract configs/extract/fashion_demo.yaml out=runs/features
   diffrep extract configs/extract/folder.yaml data=PATH out=runs/photos request.levels=[10,50] --dry-run
   diffrep extract configs/extract/folder.yaml data=PATH out=runs/photos --nproc 2

@@ -1,6 +1,6 @@
 """Print a backbone's layers in execution order, from its config alone where that is enough.
 
-examples:
+Examples:
   diffrep layers fashion-unet
   diffrep layers path/to/pipeline --depth 2
   diffrep layers owner/name --all

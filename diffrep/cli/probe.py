@@ -1,6 +1,6 @@
 """Judge every (layer, level) of a store: logistic regression and kNN, chosen on validation, reported on test.
 
-examples:
+Examples:
   diffrep probe configs/probe/default.yaml store=runs/features
   diffrep probe store=runs/features out=runs/probe strengths=[0.001,0.01]
 """

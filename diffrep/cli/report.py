@@ -1,6 +1,6 @@
 """Write report.html again from the results.json of a run folder.
 
-example:
+Example:
   diffrep report runs/demo
 """
 

@@ -1,6 +1,6 @@
 """Train a small diffusion model; run it again to go on from the last checkpoint.
 
-examples:
+Examples:
   diffrep train configs/train/fashion_unet.yaml data=PATH out=runs/fashion-unet
   diffrep train configs/train/fashion_unet.yaml data=PATH out=runs/two --nproc 2
 """

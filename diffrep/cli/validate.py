@@ -1,6 +1,6 @@
 """Check a config against its verb's schema and print it resolved.
 
-example:
+Example:
   diffrep validate extract configs/extract/folder.yaml data=PATH out=runs/photos
 """
 

@@ -139,8 +139,10 @@ def _explain(schema: type[Section], error: dict[str, Any]) -> tuple[str, str]:
 
 def _is_union_tag(part: Any) -> bool:
     # pydantic puts the tried member of a union into the location: literal['none','mean'], constrained-int, ...
-    return isinstance(part, str) and (part.startswith(("literal[", "constrained-", "dict[", "function-", "tuple["))
-                                      or part in ("int", "float", "str"))
+    return isinstance(part, str) and (
+        part.startswith(("literal[", "constrained-", "dict[", "function-", "tuple["))
+        or part in ("int", "float", "str")
+    )
 
 
 def _known_keys(schema: Any, path: list[Any]) -> list[str]:

@@ -52,6 +52,8 @@ def read_results(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"no results.json in {str(folder)!r}; 'diffrep probe' and 'diffrep demo' write one") from None
+        raise ConfigError(
+            f"no results.json in {str(folder)!r}; 'diffrep probe' and 'diffrep demo' write one"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error

@@ -71,6 +71,7 @@ class FeatureRequest:
 
 class BackboneConfig(Section):
     """Arguments of `diffrep.load_backbone`; a bare string is the `source`."""
+
     main_field: ClassVar[str] = "source"
 
     source: PathText
@@ -88,8 +89,8 @@ class DataConfig(Section):
     """A set of images; a bare string is the `path`.
 
     Attributes:
-        path: Folder of images, `.npz` of arrays, folder of parquet or hub id of an HF set, root of a torchvision set, or the name
-            of a bundled set such as "fashion-demo".
+        path: Folder of images, `.npz` of arrays, folder of parquet or hub id of an HF set, root of a torchvision set,
+            or the name of a bundled set such as "fashion-demo".
         kind: How to read `path`; "auto" looks at it.
         name: Class of `torchvision.datasets` for kind "torchvision", such as "CIFAR10".
         splits: Splits to read, in this order; None takes all there are.

@@ -35,7 +35,9 @@ def open_images(config: DataConfig, channels: int) -> ImageSet:
     elif kind == "torchvision":
         readers, classes = read_torchvision(config.name, path, config.splits, config.download)
     elif kind == "hf":
-        readers, classes = read_hf(str(path) if path.exists() else config.path, config.splits, config.image_key, config.label_key)
+        readers, classes = read_hf(
+            str(path) if path.exists() else config.path, config.splits, config.image_key, config.label_key
+        )
     else:
         readers, classes = read_folder(path)
     chosen = pick_splits(list(readers), config.splits)

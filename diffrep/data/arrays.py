@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ class MapReader:
         return [*self.source, len(self.ids), hashlib.sha256(labels).hexdigest()[:16]]
 
 
+def _first_of_pair(rows: Any, index: int) -> Image.Image:
+    return rows[index][0]
+
+
+def _column(rows: Any, index: int, key: str) -> Image.Image:
+    return rows[index][key]
+
+
 def read_torchvision(
     name: str, root: Path, splits: tuple[str, ...] | None, download: bool
 ) -> tuple[dict[str, MapReader], list[str] | None]:
@@ -91,24 +100,20 @@ def read_torchvision(
         raise UnknownNameError("torchvision data set", name, known)
     factory = getattr(datasets, name)
     parameters = inspect.signature(factory).parameters
-    if "train" in parameters:
-        splits, options = splits or ("train", "test"), lambda split: {"train": split == "train"}
-    elif "split" in parameters:
-        if splits is None:
-            raise DataError(f"torchvision {name} has splits of its own naming; name them in data.splits")
-        options = lambda split: {"split": split}  # noqa: E731
-    else:
-        splits, options = splits or ("all",), lambda _: {}
+    if "train" not in parameters and "split" in parameters and splits is None:
+        raise DataError(f"torchvision {name} has splits of its own naming; name them in data.splits")
     readers, classes = {}, None
-    for split in splits:
-        extra = {"download": download} if "download" in parameters else {}
+    for split in splits or (("train", "test") if "train" in parameters else ("all",)):
+        wanted = {"root": root, "download": download, "train": split == "train", "split": split}
         try:
-            rows = factory(root, **options(split), **extra)
+            rows = factory(**{key: value for key, value in wanted.items() if key in parameters})
         except (RuntimeError, ValueError, FileNotFoundError) as error:
-            raise DataError(f"torchvision {name} below {str(root)!r}: {error}; data.download=true fetches it") from error
+            raise DataError(
+                f"torchvision {name} below {str(root)!r}: {error}; data.download=true fetches it"
+            ) from error
         targets = next((getattr(rows, n) for n in ("targets", "labels", "_labels") if hasattr(rows, n)), None)
         labels = None if targets is None else np.asarray(targets, dtype=np.int64)
-        readers[split] = MapReader(split, rows, lambda rows, i: rows[i][0], labels, ["torchvision", name, split])
+        readers[split] = MapReader(split, rows, _first_of_pair, labels, ["torchvision", name, split])
         classes = classes or getattr(rows, "classes", None)
     return readers, [str(c) for c in classes] if classes else None
 
@@ -125,7 +130,9 @@ def read_hf(
     try:
         import datasets
     except ImportError:
-        raise BackendUnavailable("parquet and hub sets need the datasets package: pip install 'diffrep[datasets]'") from None
+        raise BackendUnavailable(
+            "parquet and hub sets need the datasets package: pip install 'diffrep[datasets]'"
+        ) from None
     quiet = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bar()
     try:
@@ -149,6 +156,8 @@ def read_hf(
             raise UnknownNameError("label column", label_key, list(rows.features))
         labels = None if label_key is None else np.asarray(rows[label_key], dtype=np.int64)
         classes = classes or (getattr(rows.features[label_key], "names", None) if label_key else None)
-        get = lambda rows, i, key=image_key: rows[i][key]  # noqa: E731
-        readers[split] = MapReader(split, rows.select_columns([image_key]), get, labels, ["hf", Path(path).name, split])
+        get = partial(_column, key=image_key)
+        readers[split] = MapReader(
+            split, rows.select_columns([image_key]), get, labels, ["hf", Path(path).name, split]
+        )
     return readers, classes

@@ -40,8 +40,8 @@ class FolderReader:
 def read_folder(root: Path) -> tuple[dict[str, FolderReader], list[str] | None]:
     """Finds the images below `root`.
 
-    Folders named train, val, valid, validation or test at the top are splits, otherwise everything is split "all". The next
-    folder level, where every image has one, gives the classes, numbered in sorted order over all splits.
+    Folders named train, val, valid, validation or test at the top are splits, otherwise everything is split "all". The
+    next folder level, where every image has one, gives the classes, numbered in sorted order over all splits.
 
     Returns:
         A reader for each split, and the class names or None.

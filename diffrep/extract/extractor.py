@@ -204,7 +204,10 @@ class _Draws:
         if given is not None:
             return torch.stack([given[image, number] for image, _, number in rows]).float()
         return torch.stack(
-            [sample_noise(shape, self.seed, self.ids[image], level.key, number, purpose) for image, level, number in rows]
+            [
+                sample_noise(shape, self.seed, self.ids[image], level.key, number, purpose)
+                for image, level, number in rows
+            ]
         )
 
 
@@ -232,6 +235,6 @@ def _check_finite(tensors: dict[tuple[str, str], torch.Tensor], ids: list[str], 
         if not finite.all():
             bad = [ids[i] for i in (~finite).nonzero().flatten().tolist()]
             raise DiffrepError(
-                f"features of {layer}@{level} are not finite for {len(bad)} images, first {bad[0]!r}: the network gave "
-                f"NaN or infinity, or values beyond {dtype}; try dtype float32 for request and backbone"
+                f"features of {layer}@{level} are not finite for {len(bad)} images, first {bad[0]!r}: the network "
+                f"gave NaN or infinity, or values beyond {dtype}; try dtype float32 for request and backbone"
             )

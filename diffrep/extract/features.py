@@ -14,7 +14,7 @@ from diffrep.noise import LevelTable
 class Features(Mapping):
     """Tensors by (layer, level): `features["up_blocks.1", 261]`.
 
-    Each is (B, C, H, W) for maps, (B, C) for pool "mean", (B, C, k, k) for pool k and (B, N, C) for tokens, on the CPU.
+    Each is (B, C, H, W) for maps, (B, C) for pool "mean", (B, C, k, k) for pool k, (B, N, C) for tokens; on the CPU.
 
     Attributes:
         ids: Sample ids, in the order of the rows.

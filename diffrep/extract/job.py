@@ -22,7 +22,7 @@ from diffrep.data import ImageSet, open_images
 from diffrep.errors import ConfigError, DataError
 from diffrep.extract.extractor import Extractor
 from diffrep.extract.plan import Plan
-from diffrep.store import NUMERICS, FeatureStore, StoreWriter, Unit
+from diffrep.store import NUMERICS, FeatureStore, StoreWriter, Unit, list_units
 
 PACKAGES = ("diffrep", "torch", "diffusers", "numpy", "pillow")
 
@@ -54,16 +54,19 @@ class ExtractJob:
         if self.config.data.size:
             return self.config.data.size, self.config.data.size
         readable = _Readable(self.images)
-        first = next((image for _, image, problem in map(readable.__getitem__, range(len(self.images))) if problem is None), None)
+        first = next(
+            (image for _, image, problem in map(readable.__getitem__, range(len(self.images))) if problem is None),
+            None,
+        )
         if first is None:
             raise DataError(f"no image of {self.config.data.path} can be read")
         return tuple(first.shape[-2:])
 
     def text(self) -> str:
         """Returns what the job would do, in lines."""
-        units = -(-len(self.images) // self.config.unit_size)
         splits = ", ".join(f"{name} {len(rows):,}" for name, rows in self.images.splits.items())
-        return f"splits    {splits}\nunits     about {units:,} of {self.config.unit_size:,} samples\n{self.plan().text(len(self.images))}"
+        units = f"{len(list_units(self.images.splits, self.config.unit_size)):,} of {self.config.unit_size:,} samples"
+        return f"splits    {splits}\nunits     {units}\n{self.plan().text(len(self.images))}"
 
     def expected_time(self) -> str:
         """Measures one batch on random images and returns the time that the missing part would take, in words."""
@@ -89,9 +92,7 @@ class ExtractJob:
             "numerics": NUMERICS,
             "backbone": described,
             "request": request,
-            "layers": {
-                name: {"shape": list(shape), "cost": plan.costs[name]} for name, shape in plan.shapes.items()
-            },
+            "layers": {name: {"shape": list(shape), "cost": plan.costs[name]} for name, shape in plan.shapes.items()},
             "levels": [[spec, level.key, level.time, level.signal, level.noise] for spec, level in levels],
             "data": {"fingerprint": self.images.fingerprint(), "path": Path(self.config.data.path).name},
             "transform": {"channels": transform.channels, "size": transform.size, "fit": transform.fit},
@@ -130,7 +131,9 @@ class ExtractJob:
         return FeatureStore(self.config.out)
 
     def _extract_unit(self, writer: StoreWriter, unit: Unit, bar: tqdm, processes: int) -> None:
-        parts: dict[str, list[torch.Tensor]] = {f"{la}@{le}": [] for la in self.plan().shapes for le in self.plan().draws}
+        parts: dict[str, list[torch.Tensor]] = {
+            f"{la}@{le}": [] for la in self.plan().shapes for le in self.plan().draws
+        }
         ids: list[str] = []
         rows: list[int] = []
         skipped: list[dict[str, str]] = []

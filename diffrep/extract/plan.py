@@ -58,9 +58,7 @@ class Plan:
 
     def text(self, images: int = 1) -> str:
         """Returns the plan for a number of images, in lines."""
-        levels = ", ".join(
-            f"{key} (sigma {level.sigma:.3g})" for key, level in self.levels.levels.items()
-        )
+        levels = ", ".join(f"{key} (sigma {level.sigma:.3g})" for key, level in self.levels.levels.items())
         lines = [
             f"images    {images:,}",
             f"layers    {len(self.addresses)}: {', '.join(self.addresses)}",
@@ -88,9 +86,7 @@ def make_plan(backbone: Backbone, request: FeatureRequest, height: int, width: i
     addresses = backbone.addresses(request.layers)
     levels = LevelTable((spec, backbone.schedule.level(spec)) for spec in request.levels)
     varied = request.posterior == "sample" and backbone.codec.random
-    draws = {
-        key: request.draws if varied or _is_noised(level, request) else 1 for key, level in levels.levels.items()
-    }
+    draws = {key: request.draws if varied or _is_noised(level, request) else 1 for key, level in levels.levels.items()}
     latent = (height // backbone.codec.downscale, width // backbone.codec.downscale)
     maps = backbone.shapes(addresses, *latent, tokens=request.tokens)
     flops, total = backbone.flops(addresses, *latent)

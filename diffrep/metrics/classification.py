@@ -11,7 +11,9 @@ def accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> float:
     return (predicted == labels).double().mean().item()
 
 
-def bootstrap_interval(correct: np.ndarray, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(
+    correct: np.ndarray, seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
     """Returns the percentile bootstrap interval of a mean (Efron, 1979).
 
     Args:

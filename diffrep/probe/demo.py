@@ -1,4 +1,4 @@
-"""The demo: which layer and timestep of the bundled network know most about clothes, and how good a head on them is."""
+"""The demo: which layer and timestep of the bundled network know most about clothes, and how well."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import numpy as np
 import torch
 
 from diffrep.backbones import Backbone, load_backbone
-from diffrep.config import AttentionConfig, BackboneConfig, DataConfig, ExtractConfig, FeatureRequest, ProbeConfig, write_results
+from diffrep.config import (
+    AttentionConfig,
+    BackboneConfig,
+    DataConfig,
+    ExtractConfig,
+    FeatureRequest,
+    ProbeConfig,
+    write_results,
+)
 from diffrep.data import ImageSet, open_images
 from diffrep.extract import Extractor
 from diffrep.extract.job import ExtractJob
@@ -60,7 +68,9 @@ def demo(out: Path, limit: int | None = None) -> dict[str, Any]:
     blank = load_backbone(BACKBONE, init_seed=0)
     untrained = _extract(data, blank, FeatureRequest("blocks", around, pool=4), out / "untrained")
     cell = best(sweep(untrained, task, config), "linear")
-    scores.append(score_linear("linear on the untrained network", cell, untrained[cell.layer, cell.level], task, config)[0])
+    scores.append(
+        score_linear("linear on the untrained network", cell, untrained[cell.layer, cell.level], task, config)[0]
+    )
 
     print("4/5 attention-pooled head on full maps")
     layer, level = linear.layer, linear.level

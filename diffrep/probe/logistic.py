@@ -20,8 +20,8 @@ class LogisticPath:
     Minimises mean cross-entropy + penalty / 2 * |W|^2 on standardised features; biases are free. scikit-learn's C for
     the same problem is 1 / (penalty * N).
 
-    All penalties share each product with the feature matrix; each has its own L-BFGS memory and step length (Nocedal and
-    Wright, 2006, algorithm 7.4), so none waits for or disturbs another.
+    All penalties share each product with the feature matrix; each has its own L-BFGS memory and step length (Nocedal
+    and Wright, 2006, algorithm 7.4), so none waits for or disturbs another.
 
     Args:
         penalties: L2 penalties.

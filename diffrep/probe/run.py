@@ -42,7 +42,9 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
             raise StoreError(f"{maps.path} and {store.path} hold different samples; extract both from the same data")
         layer = config.attention.layer or (linear.layer if maps is store else maps.layers[0])
         level = config.attention.level or (linear.level if maps is store else next(iter(maps.levels)))
-        score, heads["attention"] = train_attention(maps, layer, level, task, config.attention, out / "attention", config.seed)
+        score, heads["attention"] = train_attention(
+            maps, layer, level, task, config.attention, out / "attention", config.seed
+        )
         scores.append(score)
     metrics = collect(f"{store.meta['backbone']['name']} on {store.meta['data']['path']}", store, task, cells, scores)
     write_results(out, config, config.seed, metrics)
@@ -52,18 +54,24 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
 
 
 def collect(
-    title: str, store: FeatureStore, task: Task, cells: Iterable[Cell], scores: Iterable[Score], notes: Iterable[str] = ()
+    title: str,
+    store: FeatureStore,
+    task: Task,
+    cells: Iterable[Cell],
+    scores: Iterable[Score],
+    notes: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Returns the metrics of a probe as JSON values: what the report is drawn from."""
     return {
         "title": title,
         "samples": {
-            "train": len(task.train), "val": len(task.val), "test": len(task.test), "classes": task.classes,
+            "train": len(task.train),
+            "val": len(task.val),
+            "test": len(task.test),
+            "classes": task.classes,
         },
         "layers": [{"name": name, **about} for name, about in store.meta["layers"].items()],
-        "levels": [
-            {"key": key, "time": level.time, "sigma": level.sigma} for key, level in store.levels.items()
-        ],
+        "levels": [{"key": key, "time": level.time, "sigma": level.sigma} for key, level in store.levels.items()],
         "cells": [asdict(cell) for cell in cells],
         "scores": [score.plain() for score in scores],
         "notes": list(notes),
@@ -73,7 +81,9 @@ def collect(
 def save_heads(out: Path, heads: dict[str, nn.Module]) -> None:
     """Writes each head's state dict to `head-NAME.safetensors`."""
     for name, head in heads.items():
-        save_file({key: value.contiguous() for key, value in head.state_dict().items()}, out / f"head-{name}.safetensors")
+        save_file(
+            {key: value.contiguous() for key, value in head.state_dict().items()}, out / f"head-{name}.safetensors"
+        )
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -81,7 +91,17 @@ def table(metrics: dict[str, Any]) -> str:
     rows = [("head", "features", "level", "val", "test", "95 % interval")]
     for score in sorted(metrics["scores"], key=lambda score: -score["test"]):
         low, high = score["interval"]
-        rows.append((score["name"], score["layer"], score["level"] or "-", f"{score['val']:.3f}", f"{score['test']:.3f}",
-                     f"{low:.3f} - {high:.3f}"))
+        rows.append(
+            (
+                score["name"],
+                score["layer"],
+                score["level"] or "-",
+                f"{score['val']:.3f}",
+                f"{score['test']:.3f}",
+                f"{low:.3f} - {high:.3f}",
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -10,7 +10,7 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
 
     Args:
         labels: (N,) integers.
-        fraction: Share of each class in the second part; every class with two samples or more has at least one in each.
+        fraction: Share of each class in the second part; a class of two samples or more has at least one in each.
         seed: Seeds the choice.
 
     Returns:

@@ -123,7 +123,9 @@ def make_task(store: FeatureStore, config: ProbeConfig) -> Task:
     return Task(labels, int(labels.max()) + 1, train[fit], train[val], test)
 
 
-def sweep(store: FeatureStore, task: Task, config: ProbeConfig, pairs: Iterable[tuple[str, str]] | None = None) -> list[Cell]:
+def sweep(
+    store: FeatureStore, task: Task, config: ProbeConfig, pairs: Iterable[tuple[str, str]] | None = None
+) -> list[Cell]:
     """Fits a logistic regression and kNN on every (layer, level) and scores them on the validation samples.
 
     Args:
@@ -134,7 +136,8 @@ def sweep(store: FeatureStore, task: Task, config: ProbeConfig, pairs: Iterable[
     """
     pairs = list(pairs or ((layer, level) for layer in store.layers for level in store.levels))
     return [
-        judge(layer, level, store.tensor(layer, level), task, config) for layer, level in tqdm(pairs, "probe", unit="cell")
+        judge(layer, level, store.tensor(layer, level), task, config)
+        for layer, level in tqdm(pairs, "probe", unit="cell")
     ]
 
 
@@ -171,7 +174,12 @@ def score_linear(
 def score_knn(name: str, cell: Cell, features: torch.Tensor, task: Task, config: ProbeConfig) -> Score:
     """Scores the cell's chosen k on test, with train and validation samples as neighbours."""
     votes = knn_scores(
-        features[task.fit], task.labels[task.fit], features[task.test], task.classes, (cell.neighbours,), config.temperature
+        features[task.fit],
+        task.labels[task.fit],
+        features[task.test],
+        task.classes,
+        (cell.neighbours,),
+        config.temperature,
     )
     correct = votes[cell.neighbours].argmax(1) == task.labels[task.test]
     return _score(name, "knn", cell, cell.knn, correct, {"k": cell.neighbours, "dim": cell.dim})

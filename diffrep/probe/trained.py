@@ -44,22 +44,30 @@ def train_attention(
 
     shape = store.meta["layers"][layer]["shape"]
     if len(shape) != 3:
-        raise ConfigError(f"attention pooling needs maps, {layer} is stored as {tuple(shape)}; extract with pool none or k")
+        raise ConfigError(
+            f"attention pooling needs maps, {layer} is stored as {tuple(shape)}; extract with pool none or k"
+        )
     if config.width % config.heads:
         raise ConfigError(f"attention.heads {config.heads} does not divide attention.width {config.width}")
     module = _module(config, shape, task, seed)
-    split = {name: _rows(store, layer, level, rows) for name, rows in vars(task).items() if name in ("train", "val", "test")}
+    split = {
+        name: _rows(store, layer, level, rows) for name, rows in vars(task).items() if name in ("train", "val", "test")
+    }
     order = torch.Generator().manual_seed(seed)
     loaders = {
-        name: DataLoader(data, config.batch_size, shuffle=name == "train", generator=order if name == "train" else None)
+        name: DataLoader(
+            data, config.batch_size, shuffle=name == "train", generator=order if name == "train" else None
+        )
         for name, data in split.items()
     }
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     saver = ModelCheckpoint(out, monitor="val_accuracy", mode="max", filename="best", enable_version_counter=False)
     with warnings.catch_warnings():
-        # The data lie in memory-mapped files: loader workers would only add copies.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # The data lie in memory-mapped files, where loader workers would only add copies; a run folder may be used
+        # again; few steps an epoch are no mistake.
+        for text in ("does not have many workers", "exists and is not empty", "smaller than the logging interval"):
+            warnings.filterwarnings("ignore", message=f".*{text}.*")
         trainer = lightning.Trainer(
             max_epochs=config.epochs,
             callbacks=[saver, _epoch_bar()],
@@ -77,7 +85,9 @@ def train_attention(
     hits = (torch.cat(parts).argmax(1) == labels).numpy()
     setting = {**config.model_dump(exclude={"store", "layer", "level"}), "dim": int(np.prod(shape))}
     val = float(saver.best_model_score)
-    score = Score("attention pool", "attention", layer, level, val, float(hits.mean()), bootstrap_interval(hits), setting)
+    score = Score(
+        "attention pool", "attention", layer, level, val, float(hits.mean()), bootstrap_interval(hits), setting
+    )
     return score, module.head
 
 
@@ -87,7 +97,9 @@ def _epoch_bar():  # noqa: ANN202 - a Lightning callback
 
     class EpochBar(lightning.Callback):
         def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-            self.bar = tqdm(total=trainer.max_epochs, desc="attention", unit="epoch", disable=not trainer.is_global_zero)
+            self.bar = tqdm(
+                total=trainer.max_epochs, desc="attention", unit="epoch", disable=not trainer.is_global_zero
+            )
 
         def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
             self.bar.update()

@@ -60,8 +60,14 @@ def _heat_map(metrics: dict[str, Any], head: str) -> dict[str, Any]:
         for level in metrics["levels"]:
             value = values.get((layer["name"], level["key"]))
             share = 0.0 if value is None or high == low else (value - low) / (high - low)
-            cells.append({"value": value, "colour": _colour(share), "dark": share > 0.55,
-                          "best": (layer["name"], level["key"]) == winner})
+            cells.append(
+                {
+                    "value": value,
+                    "colour": _colour(share),
+                    "dark": share > 0.55,
+                    "best": (layer["name"], level["key"]) == winner,
+                }
+            )
         rows.append({"layer": layer, "cells": cells})
     return {"head": head, "rows": rows, "winner": winner, "low": low, "high": high}
 
@@ -77,7 +83,9 @@ def _curves(metrics: dict[str, Any], head: str) -> dict[str, Any]:
     """Lays out validation accuracy over levels, one line a layer, as points of an SVG of 640 x 300."""
     values = {(cell["layer"], cell["level"]): cell[head] for cell in metrics["cells"]}
     low, high = min(values.values()), max(values.values())
-    ticks = [tick for tick in np.arange(np.floor(low * 50) / 50, high + 0.02, 0.02) if low - 0.02 <= tick <= high + 0.02]
+    ticks = [
+        tick for tick in np.arange(np.floor(low * 50) / 50, high + 0.02, 0.02) if low - 0.02 <= tick <= high + 0.02
+    ]
     bottom, top = ticks[0], ticks[-1]
     levels = metrics["levels"]
     across = [60 + i * (560 / max(1, len(levels) - 1)) for i in range(len(levels))]
@@ -87,10 +95,19 @@ def _curves(metrics: dict[str, Any], head: str) -> dict[str, Any]:
 
     lines = []
     for number, layer in enumerate(metrics["layers"]):
-        points = [(x, height(values[layer["name"], level["key"]])) for x, level in zip(across, levels, strict=True)
-                  if (layer["name"], level["key"]) in values]
-        lines.append({"name": layer["name"], "colour": LINES[number % len(LINES)],
-                      "dashed": number >= len(LINES), "points": [(f"{x:.1f}", f"{y:.1f}") for x, y in points]})
+        points = [
+            (x, height(values[layer["name"], level["key"]]))
+            for x, level in zip(across, levels, strict=True)
+            if (layer["name"], level["key"]) in values
+        ]
+        lines.append(
+            {
+                "name": layer["name"],
+                "colour": LINES[number % len(LINES)],
+                "dashed": number >= len(LINES),
+                "points": [(f"{x:.1f}", f"{y:.1f}") for x, y in points],
+            }
+        )
     every = max(1, len(ticks) // 8)
     return {
         "lines": lines,
@@ -100,7 +117,7 @@ def _curves(metrics: dict[str, Any], head: str) -> dict[str, Any]:
 
 
 def _pictures(file: Path) -> list[dict[str, Any]]:
-    """Reads grids of colour maps: arrays (rows, columns, N, h, w, 3), named by title, and their row and column names."""
+    """Reads colour maps: arrays "layer@level" (N, h, w, 3) for the N images of array "images" (N, H, W)."""
     if not file.exists():
         return []
     arrays = np.load(file, allow_pickle=False)
@@ -109,7 +126,8 @@ def _pictures(file: Path) -> list[dict[str, Any]]:
     grids = []
     for number, image in enumerate(images):
         rows = [
-            {"layer": layer, "cells": [_png(arrays[f"{layer}@{level}"][number]) for level in levels]} for layer in layers
+            {"layer": layer, "cells": [_png(arrays[f"{layer}@{level}"][number]) for level in levels]}
+            for layer in layers
         ]
         grids.append({"image": image, "rows": rows, "levels": levels})
     return grids

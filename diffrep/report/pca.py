@@ -12,8 +12,8 @@ def pca_rgb(maps: np.ndarray) -> np.ndarray:
         maps: (N, C, h, w).
 
     Returns:
-        (N, h, w, 3) uint8; each component is stretched from its 1st to its 99th percentile. Components beyond the rank of
-        the maps are mid-grey. The sign of a component is fixed by making its largest loading positive.
+        (N, h, w, 3) uint8; each component is stretched from its 1st to its 99th percentile. Components beyond the rank
+        of the maps are mid-grey. The sign of a component is fixed by making its largest loading positive.
     """
     count, channels, height, width = maps.shape
     cells = maps.transpose(0, 2, 3, 1).reshape(-1, channels).astype(np.float64)

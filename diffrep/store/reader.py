@@ -123,8 +123,8 @@ class FeatureStore(Dataset):
 
     def __repr__(self) -> str:
         return (
-            f"FeatureStore({str(self.path)!r}): {len(self):,} samples, splits {self.splits}, {len(self.layers)} layers x "
-            f"{len(self.levels)} levels"
+            f"FeatureStore({str(self.path)!r}): {len(self):,} samples, splits {self.splits}, "
+            f"{len(self.layers)} layers x {len(self.levels)} levels"
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,7 +12,17 @@ import torch
 from safetensors.torch import save
 
 from diffrep.errors import StoreError
-from diffrep.store.layout import INDEX, META, Unit, info_file, list_units, read_json, tensor_file, write_json, write_whole
+from diffrep.store.layout import (
+    INDEX,
+    META,
+    Unit,
+    info_file,
+    list_units,
+    read_json,
+    tensor_file,
+    write_json,
+    write_whole,
+)
 
 # Recorded, and warned about when they change; not part of what a store is.
 VERSIONS = "versions"

@@ -39,7 +39,9 @@ def parse_address(text: str, network: nn.Module) -> Address:
         raise LayerError(f"layer {text!r}: unknown point {point!r}; points are {', '.join(POINTS)}")
     names = [name for name, _ in network.named_modules() if name]
     if path not in names:
-        raise LayerError(f"no layer {path!r} in {type(network).__name__}; {suggest(path, names)} 'diffrep layers' lists them")
+        raise LayerError(
+            f"no layer {path!r} in {type(network).__name__}; {suggest(path, names)} 'diffrep layers' lists them"
+        )
     if isinstance(network.get_submodule(path), nn.ModuleList):
         first = next((name for name in names if name.startswith(path + ".")), path)
         raise LayerError(f"layer {path!r} is a list of modules and is never called; name a member, such as {first!r}")

@@ -65,4 +65,6 @@ def _hook(module: nn.Module, address: Address, keep: Callable[[Address, torch.Te
         return module.register_forward_pre_hook(
             lambda _, args, kwargs: keep(address, input_stream(args, kwargs, str(address))), with_kwargs=True
         )
-    return module.register_forward_hook(lambda module, _, output: keep(address, image_stream(module, output, str(address))))
+    return module.register_forward_hook(
+        lambda module, _, output: keep(address, image_stream(module, output, str(address)))
+    )

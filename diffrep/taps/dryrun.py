@@ -40,7 +40,9 @@ class Call:
 
 def to_meta(network: nn.Module) -> nn.Module:
     """Returns a copy of the network whose parameters and buffers hold no data, at no cost in memory."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in network.parameters()}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in network.parameters()
+    }
     memo.update({id(b): b.to("meta") for b in network.buffers()})
     return copy.deepcopy(network, memo)
 

@@ -51,7 +51,9 @@ class StepBatches:
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.first, self.last):
             batch = []
-            for position in range(step * self.batch_size + self.rank * share, step * self.batch_size + (self.rank + 1) * share):
+            for position in range(
+                step * self.batch_size + self.rank * share, step * self.batch_size + (self.rank + 1) * share
+            ):
                 if position // self.samples != epoch:
                     epoch = position // self.samples
                     order = step_rng(self.seed, "order", epoch).permutation(self.samples)

@@ -47,7 +47,9 @@ def run_train(config: TrainConfig) -> Path:
         dataloader_config=DataLoaderConfiguration(),
     )
     if config.batch_size % accelerator.num_processes:
-        raise ConfigError(f"batch_size {config.batch_size} does not divide among {accelerator.num_processes} processes")
+        raise ConfigError(
+            f"batch_size {config.batch_size} does not divide among {accelerator.num_processes} processes"
+        )
     if accelerator.is_main_process:
         _claim(run, config)
     accelerator.wait_for_everyone()
@@ -63,10 +65,17 @@ def run_train(config: TrainConfig) -> Path:
     first = _resume(accelerator, run)
 
     batches = StepBatches(
-        len(images), config.batch_size, config.seed, first, config.steps, accelerator.process_index,
+        len(images),
+        config.batch_size,
+        config.seed,
+        first,
+        config.steps,
+        accelerator.process_index,
         accelerator.num_processes,
     )
-    loader = DataLoader(images, batch_sampler=batches, num_workers=config.workers, pin_memory=torch.cuda.is_available())
+    loader = DataLoader(
+        images, batch_sampler=batches, num_workers=config.workers, pin_memory=torch.cuda.is_available()
+    )
     bar = tqdm(total=config.steps, initial=first, desc="train", unit="step")
     losses, since, norm = [], time.perf_counter(), torch.zeros(())
     for step, clean in enumerate(loader, start=first):
@@ -86,11 +95,18 @@ def run_train(config: TrainConfig) -> Path:
         if done % config.log_every == 0 or done == config.steps:
             mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
             if not math.isfinite(mean):
-                raise DiffrepError(f"the loss is {mean} before step {done}; lower lr, or train with mixed_precision=no")
+                raise DiffrepError(
+                    f"the loss is {mean} before step {done}; lower lr, or train with mixed_precision=no"
+                )
             seconds = time.perf_counter() - since
             if accelerator.is_main_process:
-                line = {"step": done, "loss": mean, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
-                        "images_per_s": len(losses) * config.batch_size / seconds}
+                line = {
+                    "step": done,
+                    "loss": mean,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "grad_norm": float(norm),
+                    "images_per_s": len(losses) * config.batch_size / seconds,
+                }
                 with open(run / "log.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
                 bar.set_postfix(loss=f"{mean:.4f}")
@@ -135,7 +151,9 @@ def _claim(run: Path, config: TrainConfig) -> None:
         differ = sorted(k for k in plain if k not in FREE_KEYS and plain[k] != before.get(k))
         if differ:
             changes = "; ".join(f"{k}: {before.get(k)} there, {plain[k]} now" for k in differ)
-            raise ConfigError(f"{run} holds a run with other settings ({changes}); use another out, or the same settings")
+            raise ConfigError(
+                f"{run} holds a run with other settings ({changes}); use another out, or the same settings"
+            )
     run.mkdir(parents=True, exist_ok=True)
     stored.write_text(json.dumps(plain))
     (run / "config.yaml").write_text(to_yaml(config))

@@ -73,7 +73,11 @@ def test_dift_through_extract_with_its_own_noise(stored, dift, inputs, size, suf
     noise = noise[:, :1] if noise.ndim == 5 else noise[:, None]
     request = FeatureRequest(UPS, [1, 101, 261], posterior="sample", dtype="float32")
     found = backbone.extract(
-        images, request, cond=inputs["encoder_hidden_states"], noise=noise, posterior_noise=inputs[f"vae_eps{suffix}"][:, None]
+        images,
+        request,
+        cond=inputs["encoder_hidden_states"],
+        noise=noise,
+        posterior_noise=inputs[f"vae_eps{suffix}"][:, None],
     )
     for t in (1, 101, 261):
         for i, name in enumerate(UPS):
@@ -84,7 +88,11 @@ def test_dift_ensemble_of_four(stored, dift, inputs):
     backbone, images = stored("sq")
     request = FeatureRequest(UPS[1:3], [1, 261], draws=4, posterior="sample", dtype="float32")
     found = backbone.extract(
-        images, request, cond=inputs["encoder_hidden_states"], noise=inputs["noise"], posterior_noise=inputs["vae_eps_ens"]
+        images,
+        request,
+        cond=inputs["encoder_hidden_states"],
+        noise=inputs["noise"],
+        posterior_noise=inputs["vae_eps_ens"],
     )
     for image in range(2):
         for t in (1, 261):

@@ -125,7 +125,7 @@ def test_a_shared_activation_cannot_be_addressed(unet):
         unet.capture(torch.zeros(1, 1, 16, 16), 1, [shared])
 
 
-# Loading ---------------------------------------------------------------------------------------------------------------
+# Loading
 
 
 def test_meta_device_reads_no_weights(kind, tmp_path):
@@ -247,7 +247,8 @@ def test_cuda_equals_cpu(kind, cond, tmp_path):
     folder = save_tiny(kind, tmp_path)
     x = torch.randn(2, 1 if kind == "unet2d" else 4, 8, 8)
     results = [
-        load_backbone(folder, device=device, dtype="float32").capture(x, 7, ["blocks"], cond=cond) for device in ("cpu", "cuda")
+        load_backbone(folder, device=device, dtype="float32").capture(x, 7, ["blocks"], cond=cond)
+        for device in ("cpu", "cuda")
     ]
     for name, feature in results[0].items():
         torch.testing.assert_close(results[1][name].cpu(), feature, atol=1e-3, rtol=1e-3)

@@ -89,25 +89,45 @@ def test_dry_run_has_execution_order_flops_and_calls(chain):
 
 def test_flux_and_sd3_blocks_give_the_image_stream():
     flux = FluxTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(2, 2, 4),
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        axes_dims_rope=(2, 2, 4),
     ).eval()
     inputs = {
-        "hidden_states": torch.randn(1, 16, 4), "encoder_hidden_states": torch.randn(1, 5, 12),
-        "pooled_projections": torch.randn(1, 10), "timestep": torch.tensor([0.5]),
-        "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3),
+        "hidden_states": torch.randn(1, 16, 4),
+        "encoder_hidden_states": torch.randn(1, 5, 12),
+        "pooled_projections": torch.randn(1, 10),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(5, 3),
     }
     names = [Address("transformer_blocks.0"), Address("single_transformer_blocks.0")]
     found = capture(flux, names, lambda: flux(**inputs))
     assert [tuple(found[name].shape) for name in names] == [(1, 16, 16), (1, 16, 16)]
 
     sd3 = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4, pos_embed_max_size=8,
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pooled_projection_dim=10,
+        out_channels=4,
+        pos_embed_max_size=8,
     ).eval()
     inputs = {
-        "hidden_states": torch.randn(1, 4, 8, 8), "encoder_hidden_states": torch.randn(1, 5, 12),
-        "pooled_projections": torch.randn(1, 10), "timestep": torch.tensor([500]),
+        "hidden_states": torch.randn(1, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(1, 5, 12),
+        "pooled_projections": torch.randn(1, 10),
+        "timestep": torch.tensor([500]),
     }
     names = [Address("transformer_blocks.0"), Address("transformer_blocks.1")]
     found = capture(sd3, names, lambda: sd3(**inputs))

@@ -1,0 +1,228 @@
+"""The command as a user types it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from diffrep import FeatureStore
+
+
+def run(*words, timeout=240, check=None, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "diffrep", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+    )
+    if check is not None:
+        assert done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def words(unet_folder, image_folder):
+    return [
+        f"backbone={unet_folder}",
+        f"data={image_folder}",
+        "request.layers=blocks",
+        "request.levels=[5,300]",
+        "request.dtype=float32",
+        "request.draws=2",
+        "request.pool=2",
+        "unit_size=5",
+        "batch_size=7",
+    ]
+
+
+@pytest.fixture(scope="module")
+def store(words, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference") / "store"
+    run("extract", *words, f"out={out}", check=0)
+    return out
+
+
+def assert_equal(a, b):
+    a, b = FeatureStore(a), FeatureStore(b)
+    assert a.ids == b.ids
+    for layer in a.layers:
+        for level in a.levels:
+            torch.testing.assert_close(a[layer, level], b[layer, level], atol=1e-6, rtol=1e-5)
+
+
+def test_help_is_quick():
+    run("--help", check=0)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        run("extract", "--help", check=0)
+        times.append(time.perf_counter() - began)
+    print(f"--help: {min(times):.2f} s")
+
+
+def test_layers_needs_no_weights(unet_folder, tmp_path):
+    folder = tmp_path / "net"
+    shutil.copytree(unet_folder, folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    table = run("layers", folder, "--depth", 1, check=0).stdout
+    names = [line.split()[0] for line in table.splitlines()]
+    assert names[:4] == ["name", "conv_in", "down_blocks.0", "down_blocks.1"]
+
+
+def test_dry_run_writes_nothing(words, tmp_path):
+    text = run("extract", *words, f"out={tmp_path / 'store'}", "--dry-run", check=0).stdout
+    for word in ("units", "FLOPs", "bytes", "time", "forwards  144 (4 an image)"):
+        assert word in text
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.mp
+def test_two_processes_give_the_same_store(words, store, tmp_path):
+    out = tmp_path / "store"
+    run("extract", *words, f"out={out}", "--nproc", 2, check=0)
+    assert_equal(out, store)
+
+
+def test_other_batches_give_the_same_store(words, store, tmp_path):
+    for batch in (1, 32):
+        run("extract", *words, f"batch_size={batch}", f"out={tmp_path / str(batch)}", check=0)
+        assert_equal(tmp_path / str(batch), store)
+
+
+def test_a_killed_job_goes_on(words, store, tmp_path):
+    out = tmp_path / "store"
+    # One image a forward and 40 draws make the job slow enough to be hit between units.
+    slow = [word for word in words if "draws" not in word and "batch_size" not in word]
+    slow += ["request.draws=40", "batch_size=8", f"out={out}"]
+    process = subprocess.Popen([sys.executable, "-m", "diffrep", "extract", *slow], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list(out.rglob("0000001.json")) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {file.name: file.stat().st_mtime_ns for file in out.rglob("0*.json")}
+    assert done, "the job was killed before its first unit"
+    assert not (out / "index.json").exists(), "the job ended before it was killed"
+    refused = run("probe", f"store={out}", check=2)
+    assert "not finished" in refused.stderr
+    run("extract", *slow, check=0)
+    kept = {file.name: file.stat().st_mtime_ns for file in out.rglob("0*.json")}
+    assert all(kept[name] == stamp for name, stamp in done.items()), "finished units must not be written again"
+    whole = tmp_path / "whole"
+    run("extract", *slow[:-1], f"out={whole}", check=0)
+    assert_equal(out, whole)
+
+
+def test_another_request_is_refused(words, store):
+    done = run("extract", *words, "request.seed=3", f"out={store}", check=2)
+    assert "request.seed: 0 there, 3 now" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unreadable_image_stops_or_is_skipped(words, image_folder, tmp_path):
+    photos = tmp_path / "photos"
+    shutil.copytree(image_folder, photos)
+    (photos / "train" / "class1" / "3.png").write_bytes(b"junk")
+    changed = [word if not word.startswith("data=") else f"data={photos}" for word in words]
+    stopped = run("extract", *changed, f"out={tmp_path / 'a'}", check=2)
+    assert "train/class1/3.png" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert list((tmp_path / "a").rglob("0000000.json")), "finished units stay"
+    shutil.copy(photos / "train" / "class1" / "2.png", photos / "train" / "class1" / "3.png")
+    refused = run("extract", *changed, f"out={tmp_path / 'a'}", check=2)
+    assert "data.fingerprint" in refused.stderr, "the file changed, so the store would mix two data sets"
+
+    (photos / "train" / "class1" / "3.png").write_bytes(b"junk")
+    run("extract", *changed, "on_error=skip", "workers=1", f"out={tmp_path / 'b'}", check=0)
+    skipped = json.loads((tmp_path / "b" / "skipped.jsonl").read_text())
+    assert skipped["id"] == "train/class1/3.png"
+    assert "cannot read the image" in skipped["reason"]
+    assert len(FeatureStore(tmp_path / "b")) == 35
+
+
+def test_probe_report_and_python_agree(store, tmp_path):
+    out = tmp_path / "run"
+    done = run("probe", f"store={store}", "neighbours=[3]", f"out={out}", check=0)
+    assert "linear" in done.stdout
+    assert str(out / "report.html") in done.stdout
+    (out / "report.html").unlink()
+    run("report", out, check=0)
+    assert (out / "report.html").exists()
+    written = json.loads((out / "results.json").read_text())
+    assert written["command"].startswith("__main__.py probe store=")
+    from diffrep import ProbeConfig, run_probe
+
+    metrics = run_probe(ProbeConfig(store=store, neighbours=(3,), out=tmp_path / "again"))
+    assert metrics["scores"] == written["metrics"]["scores"]
+
+
+def test_all_config_errors_at_once(words, tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(
+        "backbone: fashion-unet\ndata: {path: x, siez: 3}\nrequest: {layers: blocks, levels: [1]}\nout: y\n"
+    )
+    done = run("extract", file, "batch_size=many", "unit_size=0", check=2)
+    for text in ("3 errors", "data.siez: unknown key; did you mean 'size'", "batch_size: Input should be", "(got 0)"):
+        assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (["request.layers=[middle]"], "no layer 'middle'"),
+        (["request.levels=[1000]"], "integer timesteps 0 to 999"),
+        (["backbone=fashion-nut"], "did you mean 'fashion-unet'"),
+        (["data=/no/such/place"], "no data at"),
+        (["data.splits=[val]"], "unknown split 'val'"),
+        (["extract.yml"], "no config file"),
+        (["nonsense"], "cannot read the word"),
+    ],
+)
+def test_one_clear_line_for_each_mistake(words, tmp_path, changes, text):
+    done = run("extract", *words, f"out={tmp_path / 'store'}", *changes, check=2)
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.mp
+def test_two_processes_train_the_same_network(unet_folder, image_folder, tmp_path):
+    from safetensors.torch import load_file
+
+    from diffrep.config import to_yaml
+    from diffrep.testing import TINY
+
+    file = tmp_path / "train.yaml"
+    file.write_text(
+        to_yaml({"model": {"args": {k: list(v) if isinstance(v, tuple) else v for k, v in TINY["unet2d"].items()}}})
+    )
+    words = ["train", file, f"data={image_folder}", "data.splits=train", "steps=4", "batch_size=4", "warmup=0"]
+    run(*words, f"out={tmp_path / 'one'}", check=0)
+    run(*words, f"out={tmp_path / 'two'}", "--nproc", 2, check=0)
+    one, two = (load_file(tmp_path / n / "model" / "diffusion_pytorch_model.safetensors") for n in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3)
+
+
+def test_ls_env_validate_and_version(words):
+    assert "fashion-unet" in run("ls", check=0).stdout
+    assert "torch" in run("env", check=0).stdout
+    assert "draws: 2" in run("validate", "extract", *words, "out=x", check=0).stdout
+    assert run("--version", check=0).stdout.startswith("diffrep ")
+
+
+@pytest.mark.slow
+def test_demo_in_small(tmp_path):
+    done = run("demo", "--limit", 100, "--out", tmp_path / "demo", check=0)
+    assert "report:" in done.stdout
+    metrics = json.loads((tmp_path / "demo" / "results.json").read_text())["metrics"]
+    names = [score["name"] for score in metrics["scores"]]
+    assert names == ["linear", "kNN", "linear on raw pixels", "linear on the untrained network", "attention pool"]
+    assert len(metrics["cells"]) == 9 * 8

@@ -1,0 +1,129 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffrep import load_backbone, run_train
+from diffrep.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig
+from diffrep.errors import ConfigError, DiffrepError
+from diffrep.testing import TINY
+from diffrep.train.objective import Denoising
+from diffrep.train.order import StepBatches, step_rng
+
+
+def config(image_folder, out, **changes):
+    given = {
+        "model": ModelConfig(args=TINY["unet2d"]),
+        "data": DataConfig(path=image_folder, splits="train"),
+        "out": out,
+        "steps": 6,
+        "batch_size": 4,
+        "warmup": 2,
+        "checkpoint_every": 2,
+        "log_every": 2,
+        "flip": True,
+        **changes,
+    }
+    return TrainConfig(**given)
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_can_be_loaded_and_is_repeatable(image_folder, tmp_path):
+    first = run_train(config(image_folder, tmp_path / "a"))
+    second = run_train(config(image_folder, tmp_path / "b"))
+    assert same(weights(first), weights(second))
+    other = run_train(config(image_folder, tmp_path / "c", seed=1))
+    assert not same(weights(first), weights(other))
+    backbone = load_backbone(first, device="cpu")
+    assert len(backbone.blocks()) == 5
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert len(list((tmp_path / "a" / "checkpoints").iterdir())) == 2, "older checkpoints go"
+
+
+def test_resume_is_exact(image_folder, tmp_path):
+    whole = run_train(config(image_folder, tmp_path / "whole"))
+    run = tmp_path / "cut"
+    run_train(config(image_folder, run))
+    # Back to the state after step 4, as if the run had been killed in step 5 while writing.
+    shutil.rmtree(run / "checkpoints" / "step-0000006")
+    shutil.rmtree(run / "model")
+    (run / "checkpoints" / "partial-0000006").mkdir()
+    resumed = run_train(config(image_folder, run))
+    assert same(weights(whole), weights(resumed))
+    assert (run / "log.jsonl").read_text().count('"step": 6') == 1
+
+
+def test_the_exported_weights_are_the_average(image_folder, tmp_path):
+    averaged = weights(run_train(config(image_folder, tmp_path / "a", ema=0.9)))
+    last = load_file(tmp_path / "a" / "checkpoints" / "step-0000006" / "model.safetensors")
+    assert not same(averaged, last)
+    half = weights(run_train(config(image_folder, tmp_path / "b", export_dtype="float16")))
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+
+
+def test_training_lowers_the_loss(image_folder, tmp_path):
+    run_train(
+        config(image_folder, tmp_path / "run", steps=60, lr=3e-3, log_every=20, checkpoint_every=60, batch_size=8)
+    )
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_folder_of_another_run_is_refused(image_folder, tmp_path):
+    run_train(config(image_folder, tmp_path / "run", steps=2))
+    with pytest.raises(ConfigError, match="lr: 0.001 there, 0.5 now"):
+        run_train(config(image_folder, tmp_path / "run", steps=2, lr=0.5))
+    run_train(config(image_folder, tmp_path / "run", steps=2, log_every=1, keep=1))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(image_folder, tmp_path):
+    with pytest.raises(DiffrepError, match="the loss is nan|the loss is inf"):
+        run_train(config(image_folder, tmp_path / "run", lr=1e30, clip=1e30, steps=20, warmup=0))
+
+
+def test_every_sample_once_an_epoch_on_any_number_of_processes():
+    whole = [index for batch in StepBatches(10, 4, seed=3, first=0, last=5) for index in batch]
+    assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10))
+    assert whole[:10] != whole[10:20]
+    ranks = [list(StepBatches(10, 4, 3, 0, 5, rank, 2)) for rank in range(2)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == [whole[i : i + 4] for i in range(0, 20, 4)]
+    assert list(StepBatches(10, 4, 3, first=2, last=5)) == [whole[i : i + 4] for i in range(8, 20, 4)]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_perfect_network_has_no_loss(prediction):
+    objective = Denoising(ScheduleConfig(prediction_type=prediction))
+    clean = torch.rand(3, 1, 4, 4) * 2 - 1
+    t, eps = objective.draw((3, 1, 4, 4), step_rng(0, "step", 0))
+    signal = objective.scheduler.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+    noise = (1 - signal**2).sqrt()
+    target = eps if prediction == "epsilon" else signal * eps - noise * clean
+
+    class Perfect(torch.nn.Module):
+        def forward(self, noisy, time):
+            torch.testing.assert_close(noisy, signal * clean + noise * eps)
+            return type("Output", (), {"sample": target})
+
+    assert objective.loss(Perfect(), clean, t, eps) < 1e-10
+
+
+def test_timestep_densities():
+    uniform, low = (
+        Denoising(ScheduleConfig(), kind).draw((20_000, 1), step_rng(0, "step", 0))[0].float()
+        for kind in ("uniform", "low")
+    )
+    assert low.min() >= 0 and uniform.max() <= 999
+    assert abs(uniform.mean() - 500) < 10
+    assert abs(low.mean() - 333) < 10
