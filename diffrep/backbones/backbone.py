@@ -67,6 +67,7 @@ class Backbone(ABC):
         self.schedule = schedule
         self.codec = codec
         self.conditioner = conditioner
+        self._parsed: dict[tuple[str, ...], dict[str, Address]] = {}
         if codec.module() is not None:
             codec.module().requires_grad_(False).eval()
         if codec.latent_channels != self.in_channels:
@@ -135,7 +136,7 @@ class Backbone(ABC):
         size = self.sample_size
         found = []
         for call in calls:
-            shape = self._map_shape(call.shape, size, size)
+            shape = None if call.shape is None else self._map_shape(call.shape, size, size)
             if shape is None or call.calls > 1:
                 continue
             depth = sum(not part.isdigit() for part in call.module.split("."))
@@ -148,17 +149,21 @@ class Backbone(ABC):
         """Expands aliases and checks addresses.
 
         Raises:
-            LayerError: An address does not exist, or its module runs several times in one pass.
+            LayerError: An address does not exist, or its module does not run exactly once in a pass.
         """
-        names = [name for layer in layers for name in (self.blocks() if layer == "blocks" else [layer])]
-        found = {name: parse_address(name, self.network) for name in names}
-        calls = {call.module: call.calls for call in self._trace[0]}
-        for name, address in found.items():
-            if calls.get(address.module, 1) > 1:
-                raise LayerError(
-                    f"layer {name!r} runs {calls[address.module]} times in one pass; name a module that contains it"
-                )
-        return found
+        key = tuple(layers)
+        if key not in self._parsed:
+            names = [name for layer in key for name in (self.blocks() if layer == "blocks" else [layer])]
+            found = {name: parse_address(name, self.network) for name in names}
+            calls = {call.module: call.calls for call in self._trace[0]}
+            for name, address in found.items():
+                if calls.get(address.module, 0) != 1:
+                    raise LayerError(
+                        f"layer {name!r} runs {calls.get(address.module, 0)} times in one pass, so its feature is not "
+                        "one tensor; name a module that contains it"
+                    )
+            self._parsed[key] = found
+        return self._parsed[key]
 
     @torch.no_grad()
     def capture(

@@ -16,6 +16,7 @@ from torch import nn
 
 from diffrep.backbones.backbone import Backbone
 from diffrep.backbones.codec import Codec, IdentityCodec, VAECodec
+from diffrep.backbones.conditioning import Conditioner
 from diffrep.backbones.dit import DiffusersDiT
 from diffrep.backbones.unet import UNet2D, UNet2DCondition
 from diffrep.errors import BackendUnavailable, CheckpointError, ConfigError, UnknownNameError
@@ -40,6 +41,7 @@ def load_backbone(
     family: str | None = None,
     config: dict[str, Any] | str | Path | None = None,
     codec: str | Path | Codec | None = None,
+    conditioner: Conditioner | None = None,
     schedule: str | Path | Schedule | None = None,
     revision: str | None = None,
     init_seed: int | None = None,
@@ -54,6 +56,7 @@ def load_backbone(
         family: For a file of weights, one of "unet2d", "unet2d-condition", "dit".
         config: For a file of weights, the constructor's arguments, as a dict or a JSON file.
         codec: Folder of an autoencoder, or a `Codec`; None takes the `vae/` beside the network, else the identity.
+        conditioner: What turns `cond` into the network's condition; None takes the one that fits its config.
         schedule: Folder of a diffusers scheduler, or a `Schedule`; None takes the `scheduler/` beside the network.
         revision: Hub revision.
         init_seed: Give the network random weights from this seed in place of the trained ones: the untrained baseline.
@@ -86,7 +89,8 @@ def load_backbone(
         if place is None:
             raise ConfigError(f"{source} has no scheduler/ beside the network; give schedule, a folder or a Schedule")
         schedule = _schedule(place)
-    return adapter(str(source), network, schedule, codec, adapter.conditioner_of(network))
+    name = Path(source).resolve().name if Path(source).expanduser().exists() else str(source)
+    return adapter(name, network, schedule, codec, conditioner or adapter.conditioner_of(network))
 
 
 def _find(source: str | Path, revision: str | None) -> Path:
@@ -166,11 +170,14 @@ def _from_file(
         network = getattr(diffusers, adapter.diffusers_class).from_config(arguments)
     if device.type != "meta":
         state = read_weights(file)
-        try:
-            missing, unexpected = network.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            raise CheckpointError(f"{file} does not fit the config: {error}") from error
-        _check_keys(file, missing, unexpected)
+        own = network.state_dict()
+        resized = [
+            f"{key} ({tuple(state[key].shape)} there, {tuple(own[key].shape)} here)"
+            for key in own.keys() & state.keys()
+            if state[key].shape != own[key].shape
+        ]
+        _check_keys(file, list(own.keys() - state.keys()), list(state.keys() - own.keys()), resized)
+        network.load_state_dict(state)
     return _cast(network, device, dtype), adapter
 
 
@@ -188,10 +195,10 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"cannot read the weights in {file}: {error}") from error
 
 
-def _check_keys(where: Path, missing: list[str], unexpected: list[str]) -> None:
+def _check_keys(where: Path, missing: list[str], unexpected: list[str], resized: list[str] = ()) -> None:
     problems = [
-        f"{len(keys)} {what}: {', '.join(list(keys)[:10])}{', ...' if len(keys) > 10 else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected))
+        f"{len(keys)} {what}: {', '.join(sorted(keys)[:10])}{', ...' if len(keys) > 10 else ''}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", resized))
         if keys
     ]
     if problems:

@@ -10,8 +10,8 @@ class AttentionPool(nn.Module):
     """Reads a feature map with a small transformer through one class token.
 
     Batch norm without affine, a 1x1 projection to `width`, learned positions, pre-norm transformer blocks over the
-    cells and a class token, layer norm, a linear map of the class token. diffssl (Mukhopadhyay et al., 2024) introduced
-    such a head for diffusion features; its exact form with its state-dict keys is not this one.
+    cells and a class token, layer norm, a linear map of the class token. diffssl (Mukhopadhyay et al., 2024)
+    introduced such a head for diffusion features; its exact form with its state-dict keys is not this one.
 
     Args:
         channels: Channels of the map.

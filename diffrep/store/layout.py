@@ -2,10 +2,10 @@
 
     store/meta.json  index.json  units/0000/0000123.safetensors  units/0000/0000123.json      (1,000 units a folder)
 
-A unit is a fixed range of samples of one split. It holds a tensor "{layer}@{level}" (n, ...) for each pair,
-`row` (int64, the sample's place in the data set) and, for labelled data, `label` (int64); its JSON holds the ids, samples
-that were skipped, and the SHA-256 of the tensors' file. meta.json says what the features are; index.json is written when
-all units are there.
+A unit is a fixed range of samples of one split. It holds a tensor "{layer}@{level}" (n, ...) for each pair, `row`
+(int64, the sample's place in the data set) and, for labelled data, `label` (int64); its JSON holds the ids, the
+samples that were skipped, and the SHA-256 of the tensors' file. meta.json says what the features are; index.json
+is written when all units are there.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Call:
     Attributes:
         module: Dotted path.
         kind: Class name.
-        shape: Shape of the image stream of its output, for a batch of one.
+        shape: Shape of the image stream of its output, for a batch of one; None where the output has no one tensor.
         flops: FLOPs spent inside the module (2 per multiply-add).
         flops_to_input: FLOPs of the whole pass when the module starts.
         flops_to_here: FLOPs of the whole pass when the module has ended.
@@ -31,7 +31,7 @@ class Call:
 
     module: str
     kind: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     flops: int
     flops_to_input: int
     flops_to_here: int
@@ -55,11 +55,11 @@ def dry_run(network: nn.Module, forward: Callable[[nn.Module], Any]) -> tuple[li
         forward: Calls the given (meta) network on a batch of one.
 
     Returns:
-        Every module that ran and gave a tensor, in the order in which they ended, and the FLOPs of the whole pass.
+        Every module that ran, in the order in which they ended, and the FLOPs of the whole pass.
     """
     meta = to_meta(network)
     starts: dict[str, list[int]] = {}
-    ended: dict[str, tuple[int, tuple[int, ...], int, int]] = {}
+    ended: dict[str, tuple[int, tuple[int, ...] | None, int, int]] = {}
     counter = FlopCounterMode(display=False)
 
     def begin(name: str) -> None:
@@ -71,7 +71,7 @@ def dry_run(network: nn.Module, forward: Callable[[nn.Module], Any]) -> tuple[li
         try:
             shape = tuple(image_stream(module, output, name).shape)
         except LayerError:
-            return
+            shape = None
         ended[name] = (len(ended), shape, starts[name][0], counter.get_total_flops())
 
     handles = []

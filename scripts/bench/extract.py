@@ -3,8 +3,9 @@
     python scripts/bench/extract.py [--source fashion-unet] [--images 48] [--rounds 7]
 
 Runs everything in turn within each round and prints medians, so that a busy machine disturbs all alike. "The usual
-script" encodes the image again for every layer, timestep and draw, runs the whole network and keeps one hook's output. With
---latent the same table is made for a tiny latent-diffusion pipeline with random weights, whose encoder counts too.
+script" encodes the image again for every layer, timestep and draw, runs the whole network and keeps one hook's
+output. With --latent the table is made for a tiny latent-diffusion pipeline with random weights, whose encoder
+counts too.
 """
 
 import argparse
@@ -13,10 +14,11 @@ import tempfile
 import time
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffrep import FeatureRequest, load_backbone
-from diffrep.extract import extract, make_plan
+from diffrep.extract import Extractor
 from diffrep.noise import mix, sample_noise
 
 BATCH = 48
@@ -115,16 +117,18 @@ def main():
     print(f"{'case':32} {'FLOPs / least':>14} {'time / bare loop':>17} {'usual script / diffrep':>23}")
     for name, (layers, times, draws) in cases.items():
         request = FeatureRequest(layers, times, draws=draws, pool="mean", dtype="float32")
-        with FlopCounterMode(display=False) as counter:
-            found = extract(backbone, images, request, ids=ids, cond=cond, batch_size=BATCH)
-        least = make_plan(backbone, request, size, size).flops * options.images
+        extractor = Extractor(backbone, request, BATCH)
+        least = extractor.plan(size, size).flops * options.images
+        # The counter does not know the fused attention of the CPU.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            found = extractor(images, ids, cond)
         for key, expected in usual_script(backbone, images, ids, layers, times, draws, cond).items():
             torch.testing.assert_close(found[key], expected, atol=1e-4, rtol=1e-4)
         inputs = ready_inputs(backbone, images, ids, times, draws)
         deepest = max(layers, key=blocks.index)
         seconds = median_times(
             options.rounds,
-            ours=lambda r=request: extract(backbone, images, r, ids=ids, cond=cond, batch_size=BATCH),
+            ours=lambda e=extractor: e(images, ids, cond),
             bare=lambda i=inputs, d=deepest: bare_loop(backbone, i, d, cond),
             usual=lambda a=(layers, times, draws): usual_script(backbone, images, ids, *a, cond),
         )
