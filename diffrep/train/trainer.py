@@ -12,7 +12,7 @@ from pathlib import Path
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed, tqdm
+from accelerate.utils import set_seed, tqdm
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
@@ -42,14 +42,11 @@ def run_train(config: TrainConfig) -> Path:
     """
     run = Path(config.out)
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        dynamo_backend="inductor" if config.compile else "no",
-        dataloader_config=DataLoaderConfiguration(),
+        mixed_precision=config.mixed_precision, dynamo_backend="inductor" if config.compile else "no"
     )
-    if config.batch_size % accelerator.num_processes:
-        raise ConfigError(
-            f"batch_size {config.batch_size} does not divide among {accelerator.num_processes} processes"
-        )
+    world = accelerator.num_processes
+    if config.batch_size % world:
+        raise ConfigError(f"batch_size {config.batch_size} does not divide among {world} processes")
     if accelerator.is_main_process:
         _claim(run, config)
     accelerator.wait_for_everyone()
@@ -64,20 +61,11 @@ def run_train(config: TrainConfig) -> Path:
     accelerator.register_for_checkpointing(ema)
     first = _resume(accelerator, run)
 
-    batches = StepBatches(
-        len(images),
-        config.batch_size,
-        config.seed,
-        first,
-        config.steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    loader = DataLoader(
-        images, batch_sampler=batches, num_workers=config.workers, pin_memory=torch.cuda.is_available()
-    )
-    bar = tqdm(total=config.steps, initial=first, desc="train", unit="step")
-    losses, since, norm = [], time.perf_counter(), torch.zeros(())
+    rank = accelerator.process_index
+    batches = StepBatches(len(images), config.batch_size, config.seed, first, config.steps, rank, world)
+    pinned = accelerator.device.type == "cuda"
+    loader = DataLoader(images, batch_sampler=batches, num_workers=config.workers, pin_memory=pinned)
+    log = _Log(accelerator, run / "log.jsonl", config, first)
     for step, clean in enumerate(loader, start=first):
         clean, t, eps = _step_inputs(objective, config, step, clean, accelerator)
         for group in optimizer.param_groups:
@@ -89,31 +77,11 @@ def run_train(config: TrainConfig) -> Path:
         optimizer.step()
         optimizer.zero_grad()
         ema.step(network.parameters())
-        losses.append(loss.detach())
-        bar.update()
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            if not math.isfinite(mean):
-                raise DiffrepError(
-                    f"the loss is {mean} before step {done}; lower lr, or train with mixed_precision=no"
-                )
-            seconds = time.perf_counter() - since
-            if accelerator.is_main_process:
-                line = {
-                    "step": done,
-                    "loss": mean,
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "grad_norm": float(norm),
-                    "images_per_s": len(losses) * config.batch_size / seconds,
-                }
-                with open(run / "log.jsonl", "a") as log:
-                    log.write(json.dumps(line) + "\n")
-                bar.set_postfix(loss=f"{mean:.4f}")
-            losses, since = [], time.perf_counter()
+        log.step(done, loss.detach(), norm, optimizer.param_groups[0]["lr"])
         if done % config.checkpoint_every == 0 or done == config.steps:
             _save(accelerator, run, done, config.keep)
-    bar.close()
+    log.close()
     if accelerator.is_main_process:
         _export(network, ema, objective, run / "model", config.export_dtype)
     accelerator.wait_for_everyone()
@@ -121,6 +89,37 @@ def run_train(config: TrainConfig) -> Path:
     del model, optimizer
     dist.teardown(accelerator, *prepared)
     return run / "model"
+
+
+class _Log:
+    """One line of log.jsonl every `log_every` steps, and the progress bar."""
+
+    def __init__(self, accelerator: Accelerator, file: Path, config: TrainConfig, first: int):
+        self.accelerator, self.file, self.config = accelerator, file, config
+        self.bar = tqdm(total=config.steps, initial=first, desc="train", unit="step")
+        self.losses: list[torch.Tensor] = []
+        self.since = time.perf_counter()
+
+    def step(self, done: int, loss: torch.Tensor, norm: torch.Tensor, lr: float) -> None:
+        """Takes note of a step; raises DiffrepError when the mean loss since the last line is not finite."""
+        self.losses.append(loss)
+        self.bar.update()
+        if done % self.config.log_every and done != self.config.steps:
+            return
+        mean = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        if not math.isfinite(mean):
+            raise DiffrepError(f"the loss is {mean} before step {done}; lower lr, or train with mixed_precision=no")
+        if self.accelerator.is_main_process:
+            speed = len(self.losses) * self.config.batch_size / (time.perf_counter() - self.since)
+            line = {"step": done, "loss": mean, "lr": lr, "grad_norm": float(norm), "images_per_s": speed}
+            with open(self.file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.bar.set_postfix(loss=f"{mean:.4f}")
+        self.losses, self.since = [], time.perf_counter()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self.bar.close()
 
 
 def _step_inputs(
