@@ -194,6 +194,9 @@ class ProbeConfig(Section):
         neighbours: Candidate k of the kNN classifier.
         temperature: Temperature of the kNN votes, exp(cosine / temperature); 0.07 in DINOv2.
         max_iter: Most L-BFGS iterations of one fit.
+        finalists: The best cells on validation, this many, are judged again by cross-validation over training and
+            validation samples together before one is chosen; 1 takes the best on validation as it is.
+        folds: Folds of that cross-validation.
         attention: Also train an attention-pooled head, on maps; None trains none.
         seed: Seeds the validation split, the bootstrap and the trained head.
     """
@@ -206,10 +209,12 @@ class ProbeConfig(Section):
     test_split: str | None = "test"
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    strengths: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1)
+    strengths: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1e-3, 1e-2, 3e-2, 1e-1)
     neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (10, 20)
     temperature: Annotated[float, Field(gt=0)] = 0.07
-    max_iter: PositiveInt = 100
+    max_iter: PositiveInt = 60
+    finalists: PositiveInt = 5
+    folds: Annotated[int, Field(ge=2)] = 5
     attention: AttentionConfig | None = None
     seed: int = 0
 

@@ -23,14 +23,14 @@ from diffrep.data import ImageSet, open_images
 from diffrep.extract import Extractor
 from diffrep.extract.job import ExtractJob
 from diffrep.probe.run import collect, save_heads
-from diffrep.probe.sweep import best, judge, make_task, score_knn, score_linear, sweep
+from diffrep.probe.sweep import best, best_linear, judge, make_task, score_knn, score_linear, sweep
 from diffrep.probe.trained import train_attention
 from diffrep.report import PICTURES, pca_rgb, write_report
 from diffrep.store import FeatureStore
 
 BACKBONE = "fashion-unet"
 LEVELS = (1, 5, 10, 20, 50, 100, 200, 300)
-ATTENTION = AttentionConfig(width=96, depth=1, heads=4, epochs=15, flip=True)
+ATTENTION = AttentionConfig(width=64, depth=1, heads=4, epochs=15, lr=2e-3, flip=True)
 PICTURED = 4
 
 
@@ -55,7 +55,7 @@ def demo(out: Path, limit: int | None = None) -> dict[str, Any]:
     task = make_task(store, config)
     print("2/5 linear probe and kNN on each of them")
     cells = sweep(store, task, config)
-    linear, knn = best(cells, "linear"), best(cells, "knn")
+    linear, knn = best_linear(store, cells, task, config), best(cells, "knn")
     score, head = score_linear("linear", linear, store[linear.layer, linear.level], task, config)
     scores = [score, score_knn("kNN", knn, store[knn.layer, knn.level], task, config)]
 
@@ -67,14 +67,14 @@ def demo(out: Path, limit: int | None = None) -> dict[str, Any]:
     around = _around(list(store.levels), linear.level)
     blank = load_backbone(BACKBONE, init_seed=0)
     untrained = _extract(data, blank, FeatureRequest("blocks", around, pool=4), out / "untrained")
-    cell = best(sweep(untrained, task, config), "linear")
+    cell = best_linear(untrained, sweep(untrained, task, config), task, config)
     scores.append(
         score_linear("linear on the untrained network", cell, untrained[cell.layer, cell.level], task, config)[0]
     )
 
-    print("4/5 attention-pooled head on full maps")
+    print("4/5 attention-pooled head on the best layer")
     layer, level = linear.layer, linear.level
-    maps = _extract(data, backbone, FeatureRequest(layer, level), out / "maps")
+    maps = _extract(data, backbone, FeatureRequest(layer, level, pool=8), out / "maps")
     score, attention = train_attention(maps, layer, level, task, ATTENTION, out / "attention", config.seed)
     scores.append(score)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffrep.config import ProbeConfig, write_results
 from diffrep.errors import StoreError
-from diffrep.probe.sweep import Cell, Score, Task, best, make_task, score_knn, score_linear, sweep
+from diffrep.probe.sweep import Cell, Score, Task, best, best_linear, make_task, score_knn, score_linear, sweep
 from diffrep.probe.trained import train_attention
 from diffrep.report import write_report
 from diffrep.store import FeatureStore
@@ -32,7 +32,7 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     out = Path(config.out or Path(config.store) / "probe")
     task = make_task(store, config)
     cells = sweep(store, task, config)
-    linear, knn = best(cells, "linear"), best(cells, "knn")
+    linear, knn = best_linear(store, cells, task, config), best(cells, "knn")
     score, head = score_linear("linear", linear, store[linear.layer, linear.level], task, config)
     scores = [score, score_knn("kNN", knn, store[knn.layer, knn.level], task, config)]
     heads: dict[str, nn.Module] = {"linear": head}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from diffrep.heads import LinearHead
 from diffrep.metrics import accuracy, bootstrap_interval
 from diffrep.probe.logistic import LogisticPath
 from diffrep.probe.neighbours import knn_scores
-from diffrep.probe.split import stratified_split
+from diffrep.probe.split import stratified_folds, stratified_split
 from diffrep.store import FeatureStore
 
 
@@ -158,6 +158,33 @@ def judge(layer: str, level: str, features: torch.Tensor, task: Task, config: Pr
 def best(cells: list[Cell], head: str) -> Cell:
     """Returns the cell with the highest validation accuracy; the first of equals."""
     return max(cells, key=lambda cell: getattr(cell, head))
+
+
+def best_linear(store: FeatureStore, cells: list[Cell], task: Task, config: ProbeConfig) -> Cell:
+    """Chooses the (layer, level) and penalty of the linear probe.
+
+    One validation split of a small set is a noisy judge of many cells, and the best of many noisy numbers is mostly
+    luck. So the best few are judged again by cross-validation over training and validation samples together.
+
+    Returns:
+        The winner; its `linear` is the cross-validated accuracy when there were several finalists.
+    """
+    ranked = sorted(cells, key=lambda cell: -cell.linear)[: config.finalists]
+    if len(ranked) == 1:
+        return ranked[0]
+    labels = task.labels[task.fit]
+    fold = stratified_folds(labels.numpy(), config.folds, config.seed)
+    judged = []
+    for cell in tqdm(ranked, "cross-validation", unit="cell"):
+        features = store.tensor(cell.layer, cell.level)[task.fit].flatten(1).float()
+        hits = torch.zeros(len(config.strengths))
+        for number in range(config.folds):
+            inside, outside = torch.from_numpy(fold != number), torch.from_numpy(fold == number)
+            path = LogisticPath(config.strengths, config.max_iter).fit(features[inside], labels[inside], task.classes)
+            hits += (path.scores(features[outside]).argmax(-1) == labels[outside]).sum(1)
+        strength = int(hits.argmax())
+        judged.append(replace(cell, linear=hits[strength].item() / len(labels), penalty=config.strengths[strength]))
+    return best(judged, "linear")
 
 
 def score_linear(

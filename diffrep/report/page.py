@@ -53,7 +53,9 @@ def write_report(folder: str | Path) -> Path:
 def _heat_map(metrics: dict[str, Any], head: str) -> dict[str, Any]:
     values = {(cell["layer"], cell["level"]): cell[head] for cell in metrics["cells"]}
     low, high = min(values.values()), max(values.values())
-    winner = max(values, key=values.get)
+    winner = next(
+        ((s["layer"], s["level"]) for s in metrics["scores"] if s["head"] == head), max(values, key=values.get)
+    )
     rows = []
     for layer in metrics["layers"]:
         cells = []

@@ -8,7 +8,8 @@ from sklearn.linear_model import LogisticRegression
 from diffrep import FeatureStore, run_probe
 from diffrep.config import AttentionConfig, ProbeConfig
 from diffrep.errors import ConfigError, DataError, DiffrepError, StoreError, UnknownNameError
-from diffrep.probe import LogisticPath, judge, knn_scores, make_task, stratified_split
+from diffrep.probe import LogisticPath, Task, judge, knn_scores, make_task, stratified_split
+from diffrep.probe.split import stratified_folds
 from diffrep.store import StoreWriter
 
 
@@ -77,6 +78,13 @@ def test_split_keeps_every_class():
     again = stratified_split(labels, 0.2, seed=0)
     assert np.array_equal(again[1], second)
     assert not np.array_equal(stratified_split(labels, 0.2, seed=1)[1], second)
+
+
+def test_folds_spread_every_class():
+    labels = np.array([0] * 50 + [1] * 7)
+    fold = stratified_folds(labels, 5, seed=0)
+    assert np.bincount(fold[labels == 0]).tolist() == [10] * 5
+    assert sorted(np.bincount(fold[labels == 1], minlength=5)) == [1, 1, 1, 2, 2]
 
 
 def write_store(path, levels=("t=5", "t=50"), shape=(4, 2, 2), labels="good", train=60, test=30, break_at=None):
@@ -189,8 +197,6 @@ def test_attention_needs_maps_of_the_same_samples(tmp_path):
 
 def test_judge_reads_any_features():
     x, y = blobs(90)
-    from diffrep.probe import Task
-
     task = Task(y, 3, np.arange(50), np.arange(50, 70), np.arange(70, 90))
     cell = judge("pixels", "", x, task, ProbeConfig(store="x", neighbours=(3,)))
     assert (cell.layer, cell.dim) == ("pixels", 12)
