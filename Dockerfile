@@ -18,12 +18,14 @@ WORKDIR /app
 # Dependencies first: a change of code does not install them again.
 COPY pyproject.toml README.md LICENSE ./
 COPY diffrep/_version.py diffrep/_version.py
-RUN touch diffrep/__init__.py && pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} . \
+RUN touch diffrep/__init__.py && pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ".[datasets]" \
     && pip uninstall --yes diffrep
 COPY diffrep diffrep
 COPY configs configs
 RUN pip install --no-cache-dir --no-deps .
 
+# Run folders of commands without out=, such as the demo's.
+RUN mkdir runs && chown user runs
 USER user
 ENTRYPOINT ["diffrep"]
 CMD ["--help"]

@@ -139,6 +139,7 @@ class LevelTable:
         Raises:
             UnknownNameError: The request had no such level.
         """
+        spec = int(spec) if isinstance(spec, float) and spec.is_integer() else spec
         try:
             return self._keys[str(spec).strip()]
         except KeyError:

@@ -27,8 +27,12 @@ BUNDLED: dict[str, str] = {
     "fashion-unet": "U-Net, 32x32, one channel, trained on the 60,000 training images of Fashion-MNIST",
 }
 # Only safetensors and JSON are fetched from the hub; half-precision and EMA duplicates of the same weights are not.
-HUB_FILES = ["*.json", "*.safetensors"]
-HUB_DUPLICATES = ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "text_encoder*/*", "safety_checker/*", "feature_extractor/*"]
+# Root files are named one by one: a pipeline's root often holds whole single-file checkpoints too.
+HUB_CONFIGS = ["config.json", "scheduler_config.json", "model_index.json"]
+HUB_CONFIGS += [f"{part}/*.json" for part in ("unet", "transformer", "vae", "scheduler")]
+HUB_WEIGHTS = ["diffusion_pytorch_model*.safetensors"]
+HUB_WEIGHTS += [f"{part}/diffusion_pytorch_model*.safetensors" for part in ("unet", "transformer", "vae")]
+HUB_DUPLICATES = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]
 
 
 def list_backbones() -> dict[str, str]:
@@ -70,7 +74,7 @@ def load_backbone(
     """
     device = _device(device)
     dtype = _dtype(dtype, device)
-    folder = _find(source, revision)
+    folder = _find(source, revision, with_weights=device.type != "meta")
     if folder.is_file():
         network, adapter = _from_file(folder, family, config, device, dtype)
     elif family is not None or config is not None:
@@ -86,6 +90,8 @@ def load_backbone(
         codec = VAECodec(_load(place, device, dtype)) if place else IdentityCodec(network.config.in_channels)
     if schedule is None or isinstance(schedule, (str, Path)):
         place = Path(schedule) if schedule is not None else _beside(folder, "scheduler")
+        if place is None and (folder / "scheduler_config.json").is_file():
+            place = folder  # unconditional pipelines keep it at the root
         if place is None:
             raise ConfigError(f"{source} has no scheduler/ beside the network; give schedule, a folder or a Schedule")
         schedule = _schedule(place)
@@ -93,7 +99,7 @@ def load_backbone(
     return adapter(name, network, schedule, codec, conditioner or adapter.conditioner_of(network))
 
 
-def _find(source: str | Path, revision: str | None) -> Path:
+def _find(source: str | Path, revision: str | None, with_weights: bool) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -105,9 +111,8 @@ def _find(source: str | Path, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES)
-        )
+        files = HUB_CONFIGS + (HUB_WEIGHTS if with_weights else [])
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=HUB_DUPLICATES))
     except Exception as error:  # network, permission and not-found errors of several libraries
         raise CheckpointError(f"{name!r} is no local path, and the hub did not give it: {error}") from error
 
@@ -230,7 +235,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # The current device, not the first: each process of a job has its own.
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -16,7 +16,7 @@ VERBS = {
     "probe": "judge every layer and level of a store by classification",
     "train": "train a small diffusion model",
     "report": "write report.html again from a run folder",
-    "ls": "list bundled backbones, data sets and verbs",
+    "ls": "list bundled backbones and data sets",
     "validate": "check a config and print it resolved",
     "env": "versions, devices and threads, for bug reports",
 }

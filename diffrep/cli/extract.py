@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     from diffrep import dist
     from diffrep.extract.job import ExtractJob
 
-    if arguments.nproc > 1:
+    if arguments.nproc > 1 and not arguments.dry_run:
         return dist.launch(arguments.nproc, ["extract", *arguments.words])
     job = ExtractJob(config)
     if arguments.dry_run:

@@ -8,6 +8,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import os
 
 from diffrep.cli.words import add_config, add_nproc, read_config
 
@@ -28,5 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.nproc > 1:
         return dist.launch(arguments.nproc, ["train", *arguments.words])
-    print(f"model: {run_train(config)}")
+    model = run_train(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"model: {model}")
     return 0

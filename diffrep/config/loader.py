@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from yaml import YAMLError
@@ -31,7 +31,7 @@ def load_config(schema: type[T], files: list[str | Path] = (), overrides: list[s
     """
     merged = OmegaConf.create({})
     for file in files:
-        merged = OmegaConf.merge(merged, _read(schema, Path(file), ()))
+        merged = _merge(merged, _read(schema, Path(file), ()), str(file))
     for word in overrides:
         key, equals, _ = word.partition("=")
         if not equals or not key:
@@ -40,7 +40,7 @@ def load_config(schema: type[T], files: list[str | Path] = (), overrides: list[s
             given = OmegaConf.from_dotlist([word])
         except (YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"cannot read the override {word!r}: {_first_line(error)}") from error
-        merged = OmegaConf.merge(merged, _spread_bare_values(schema, given))
+        merged = _merge(merged, _spread_bare_values(schema, given), f"the override {word!r}")
     try:
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -95,9 +95,19 @@ def _read(schema: type[Section], file: Path, open_files: tuple[Path, ...]) -> Di
         raise ConfigError(f"{file}: expected keys and values, got a list")
     bases = node.pop("base", [])
     merged = OmegaConf.create({})
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = OmegaConf.merge(merged, _read(schema, file.parent / base, (*open_files, file.resolve())))
-    return OmegaConf.merge(merged, _spread_bare_values(schema, node))
+    for base in [bases] if not isinstance(bases, ListConfig) and bases != [] else bases:
+        if not isinstance(base, str):
+            raise ConfigError(f"{file}: base must be a path or a list of paths, got {base!r}")
+        above = _read(schema, file.parent / base, (*open_files, file.resolve()))
+        merged = _merge(merged, above, str(file))
+    return _merge(merged, _spread_bare_values(schema, node), str(file))
+
+
+def _merge(first: DictConfig, second: DictConfig, where: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(first, second)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"cannot merge {where}: {_first_line(error)}") from error
 
 
 def _spread_bare_values(schema: type[Section], node: DictConfig) -> DictConfig:
@@ -106,7 +116,7 @@ def _spread_bare_values(schema: type[Section], node: DictConfig) -> DictConfig:
         section = _section(schema, str(key))
         if section is None:
             continue
-        value = node[key]
+        value = node._get_node(key) if OmegaConf.is_interpolation(node, key) else node[key]
         if isinstance(value, DictConfig):
             node[key] = _spread_bare_values(section, value)
         elif isinstance(value, str) and section.main_field:

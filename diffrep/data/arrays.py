@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from diffrep.errors import BackendUnavailable, DataError, UnknownNameError
@@ -48,8 +49,11 @@ def read_npz(file: Path) -> tuple[dict[str, ArrayReader], list[str] | None]:
     readers = {}
     for split in splits:
         images, labels = arrays[f"{split}_images"], arrays.get(f"{split}_labels")
-        if images.dtype != np.uint8 or images.ndim not in (3, 4):
-            raise DataError(f"{file}: {split}_images is {images.dtype} {images.shape}; expected uint8 (N, H, W[, C])")
+        images = images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images
+        if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)):
+            raise DataError(
+                f"{file}: {split}_images is {images.dtype} {images.shape}; expected uint8 (N, H, W) or (N, H, W, 3)"
+            )
         if labels is not None and len(labels) != len(images):
             raise DataError(f"{file}: {len(images)} images and {len(labels)} labels in split {split!r}")
         readers[split] = ArrayReader(split, images, labels, source)
@@ -71,9 +75,19 @@ class MapReader:
             raise DataError(f"cannot read the image: {error}") from error
 
     def fingerprint(self) -> list[object]:
-        """Returns the source's identity, the number of rows and a digest of the labels."""
+        """Returns what identifies the source's files, the number of rows and a digest of the labels."""
         labels = b"" if self.labels is None else self.labels.tobytes()
         return [*self.source, len(self.ids), hashlib.sha256(labels).hexdigest()[:16]]
+
+
+def _digest(rows: Any) -> str:
+    """Identifies a torchvision set by its pixels where it holds them, else by the names and sizes of its files."""
+    data = getattr(rows, "data", None)
+    if isinstance(data, (np.ndarray, torch.Tensor)):
+        return hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()[:16]
+    root = Path(str(getattr(rows, "root", "")))
+    files = sorted((f.name, f.stat().st_size) for f in root.rglob("*") if f.is_file()) if root.is_dir() else []
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
 def _first_of_pair(rows: Any, index: int) -> Image.Image:
@@ -113,7 +127,7 @@ def read_torchvision(
             ) from error
         targets = next((getattr(rows, n) for n in ("targets", "labels", "_labels") if hasattr(rows, n)), None)
         labels = None if targets is None else np.asarray(targets, dtype=np.int64)
-        readers[split] = MapReader(split, rows, _first_of_pair, labels, ["torchvision", name, split])
+        readers[split] = MapReader(split, rows, _first_of_pair, labels, ["torchvision", name, split, _digest(rows)])
         classes = classes or getattr(rows, "classes", None)
     return readers, [str(c) for c in classes] if classes else None
 
@@ -142,6 +156,9 @@ def read_hf(
     finally:
         if quiet:
             datasets.enable_progress_bar()
+    folder = Path(path)
+    files = sorted((f.relative_to(folder).as_posix(), f.stat().st_size) for f in folder.rglob("*.parquet"))
+    source = files or [path, *(rows._fingerprint for rows in loaded.values())]
     readers, classes = {}, None
     for split in loaded if splits is None else splits:
         if split not in loaded:
@@ -154,10 +171,11 @@ def read_hf(
         label_key = label_key or (guesses[0] if guesses else None)
         if label_key is not None and label_key not in rows.features:
             raise UnknownNameError("label column", label_key, list(rows.features))
-        labels = None if label_key is None else np.asarray(rows[label_key], dtype=np.int64)
+        try:
+            labels = None if label_key is None else np.asarray(rows[label_key], dtype=np.int64)
+        except (TypeError, ValueError):
+            raise DataError(f"{path}: the labels in column {label_key!r} are not integers") from None
         classes = classes or (getattr(rows.features[label_key], "names", None) if label_key else None)
         get = partial(_column, key=image_key)
-        readers[split] = MapReader(
-            split, rows.select_columns([image_key]), get, labels, ["hf", Path(path).name, split]
-        )
+        readers[split] = MapReader(split, rows.select_columns([image_key]), get, labels, ["hf", *source, split])
     return readers, classes

@@ -29,7 +29,16 @@ class Transform:
     fit: str = "resize"
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Transforms one image."""
+        """Transforms one image.
+
+        Raises:
+            DataError: The image's range is not known (32-bit integers and floats), or it is too large to pad.
+        """
+        if image.mode.startswith("I;16"):
+            # PIL would clip 16-bit values at 255.
+            image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise DataError(f"images of mode {image.mode!r} have no known range; convert them to 8 or 16 bits")
         image = image.convert({1: "L", 3: "RGB"}[self.channels])
         if self.size is not None and image.size != (self.size, self.size):
             image = getattr(self, f"_{self.fit}")(image)

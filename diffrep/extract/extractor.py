@@ -54,7 +54,7 @@ class Extractor:
         posterior_noise: torch.Tensor | None = None,
     ) -> Features:
         """Reads a batch; arguments as for `extract`."""
-        self._check(images, ids, noise, posterior_noise)
+        self._check(images, ids, cond, noise, posterior_noise)
         plan = self.plan(*images.shape[-2:])
         ids = ids or [hashlib.sha256(image.numpy(force=True).tobytes()).hexdigest() for image in images]
         posterior = self._encode(images)
@@ -133,6 +133,7 @@ class Extractor:
         self,
         images: torch.Tensor,
         ids: list[str] | None,
+        cond: torch.Tensor | None,
         noise: torch.Tensor | None,
         posterior_noise: torch.Tensor | None,
     ) -> None:
@@ -145,6 +146,12 @@ class Extractor:
             raise ConfigError(f"images must lie in [0, 1], got {images.min():.3g} to {images.max():.3g}")
         if ids is not None and len(ids) != len(images):
             raise ConfigError(f"{len(ids)} ids for {len(images)} images")
+        if cond is not None and cond.ndim and not _is_one_prompt(cond) and len(cond) not in (1, len(images)):
+            raise ConfigError(f"cond holds {len(cond)} rows for {len(images)} images; give 1 or {len(images)}")
+        if noise is not None and self.request.noise == "none":
+            raise ConfigError("noise was given and the request says noise='none'")
+        if posterior_noise is not None and not (self.request.posterior == "sample" and self.backbone.codec.random):
+            raise ConfigError("posterior_noise was given and would not be used; it needs posterior='sample' and a VAE")
         downscale = self.backbone.codec.downscale
         size = tuple(side // downscale for side in images.shape[-2:])
         expected = (len(images), self.request.draws, self.backbone.in_channels, *size)
@@ -211,11 +218,12 @@ class _Draws:
         )
 
 
+def _is_one_prompt(cond: torch.Tensor) -> bool:
+    return cond.ndim == 2 and cond.is_floating_point()
+
+
 def _one_per_image(cond: torch.Tensor | None, images: int) -> bool:
-    # A 2-d floating tensor is one prompt (T, C); anything else with as many rows as images is one for each.
-    if cond is None or (cond.ndim == 2 and cond.is_floating_point()):
-        return False
-    return cond.ndim > 0 and len(cond) == images and images > 1
+    return cond is not None and cond.ndim > 0 and not _is_one_prompt(cond) and len(cond) == images
 
 
 def _pool(feature: torch.Tensor, pool: str | int) -> torch.Tensor:

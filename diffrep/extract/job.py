@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import tqdm
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from diffrep import dist
 from diffrep.backbones import Backbone, load_backbone
@@ -39,6 +42,7 @@ class ExtractJob:
     """
 
     def __init__(self, config: ExtractConfig, backbone: Backbone | None = None):
+        dist.state()  # first: it gives each process its own GPU, where device "auto" then loads the network
         self.config = config
         self.backbone = backbone or open_backbone(config.backbone)
         self.images = open_images(config.data, self.backbone.image_channels)
@@ -85,7 +89,7 @@ class ExtractJob:
         plan, request = self.plan(), to_plain(self.config.request)
         described = self.backbone.describe()
         if self.cond is not None:
-            described["cond"] = [list(self.cond.shape), float(self.cond.double().sum())]
+            described["cond"] = hashlib.sha256(self.cond.float().numpy().tobytes()).hexdigest()[:16]
         levels = [[str(spec), self.backbone.schedule.level(spec)] for spec in self.config.request.levels]
         transform = self.images.transform
         return {
@@ -121,8 +125,9 @@ class ExtractJob:
         mine = missing[state.process_index :: state.num_processes]
         done = len(self.images) - sum(len(unit.rows) for unit in missing)
         bar = tqdm(total=len(self.images), initial=done, desc="extract", unit="image", main_process_only=True)
+        batches = self._batches(mine)
         for unit in mine:
-            self._extract_unit(writer, unit, bar, state.num_processes)
+            self._extract_unit(writer, unit, batches, bar, state.num_processes)
         bar.close()
         state.wait_for_everyone()
         if state.is_main_process:
@@ -130,37 +135,38 @@ class ExtractJob:
         state.wait_for_everyone()
         return FeatureStore(self.config.out)
 
-    def _extract_unit(self, writer: StoreWriter, unit: Unit, bar: tqdm, processes: int) -> None:
+    def _extract_unit(
+        self, writer: StoreWriter, unit: Unit, batches: Iterator[_Batch], bar: tqdm, processes: int
+    ) -> None:
         parts: dict[str, list[torch.Tensor]] = {
             f"{la}@{le}": [] for la in self.plan().shapes for le in self.plan().draws
         }
         ids: list[str] = []
         rows: list[int] = []
         skipped: list[dict[str, str]] = []
-        for batch in self._batches(unit):
-            good = [(row, image) for row, image, problem in batch if problem is None]
-            for row, _, problem in batch:
-                if problem is not None and self.config.on_error == "stop":
+        for batch in islice(batches, len(_cut(unit, self.config.batch_size))):
+            for row, problem in batch.problems:
+                if self.config.on_error == "stop":
                     raise DataError(f"{problem}; finished units stay. Mend it and run again, or use on_error=skip")
-                if problem is not None:
-                    skipped.append({"id": self.images.id(row), "reason": problem})
-            if good:
-                images = _stack([image for _, image in good])
-                names = [self.images.id(row) for row, _ in good]
-                for (layer, level), tensor in self.extractor(images, ids=names, cond=self.cond).items():
+                skipped.append({"id": self.images.id(row), "reason": problem})
+            if len(batch.sizes) > 1:
+                raise ConfigError(f"images of one batch differ in size, such as {batch.sizes[:2]}; set data.size")
+            if batch.images is not None:
+                names = [self.images.id(row) for row in batch.rows]
+                for (layer, level), tensor in self.extractor(batch.images, ids=names, cond=self.cond).items():
                     parts[f"{layer}@{level}"].append(tensor)
                 ids += names
-                rows += [row for row, _ in good]
-            bar.update(len(batch) * processes)
+                rows += batch.rows
+            bar.update((len(batch.rows) + len(batch.problems)) * processes)
         labels = [self.images.label(row) for row in rows] if self.images.labelled else None
         tensors = {name: torch.cat(part) for name, part in parts.items() if part}
         writer.write(unit, tensors, ids, rows, labels, skipped)
 
-    def _batches(self, unit: Unit) -> Iterator[list[tuple[int, torch.Tensor | None, str | None]]]:
-        readable = Subset(_Readable(self.images), unit.rows)
-        yield from DataLoader(
-            readable, batch_size=self.config.batch_size, num_workers=self.config.workers, collate_fn=list
-        )
+    def _batches(self, units: list[Unit]) -> Iterator[_Batch]:
+        # One loader for all units, so that its workers start once; batches never cross a unit.
+        cuts = [rows for unit in units for rows in _cut(unit, self.config.batch_size)]
+        workers = self.config.workers
+        return iter(DataLoader(_Readable(self.images), batch_sampler=cuts, num_workers=workers, collate_fn=_collate))
 
 
 def run_extract(config: ExtractConfig) -> FeatureStore:
@@ -189,11 +195,29 @@ class _Readable(Dataset):
             return row, None, str(error)
 
 
-def _stack(images: list[torch.Tensor]) -> torch.Tensor:
-    sizes = {tuple(image.shape[-2:]) for image in images}
-    if len(sizes) > 1:
-        raise ConfigError(f"images of one batch differ in size, for example {sorted(sizes)[:2]}; set data.size")
-    return torch.stack(images)
+@dataclass(frozen=True)
+class _Batch:
+    """What a loader gives: rows that could be read, their images (B, C, H, W), and the others with the reason.
+
+    `sizes` lists the image sizes; with more than one there is no common tensor and `images` is None.
+    """
+
+    rows: list[int]
+    images: torch.Tensor | None
+    sizes: list[tuple[int, int]]
+    problems: list[tuple[int, str]]
+
+
+def _cut(unit: Unit, size: int) -> list[list[int]]:
+    rows = list(unit.rows)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _collate(samples: list[tuple[int, torch.Tensor | None, str | None]]) -> _Batch:
+    good = [(row, image) for row, image, problem in samples if problem is None]
+    sizes = sorted({tuple(image.shape[-2:]) for _, image in good})
+    images = torch.stack([image for _, image in good]) if len(sizes) == 1 else None
+    return _Batch([row for row, _ in good], images, sizes, [(row, problem) for row, _, problem in samples if problem])
 
 
 def _read_cond(file: Path) -> torch.Tensor:
@@ -201,4 +225,8 @@ def _read_cond(file: Path) -> torch.Tensor:
     if not isinstance(state, dict) or len(state) != 1:
         names = list(state) if isinstance(state, dict) else type(state).__name__
         raise ConfigError(f"{file} must hold one tensor, prompt embeddings (T, C); it holds {names}")
-    return next(iter(state.values()))
+    (cond,) = state.values()
+    cond = cond[0] if cond.ndim == 3 and len(cond) == 1 else cond
+    if cond.ndim != 2 or not cond.is_floating_point():
+        raise ConfigError(f"{file} must hold one prompt's embeddings, (T, C), got {cond.dtype} {tuple(cond.shape)}")
+    return cond

@@ -7,7 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from diffrep.config import FeatureRequest
-from diffrep.errors import ConfigError
+from diffrep.errors import ConfigError, LayerError
 from diffrep.noise import Level, LevelTable
 from diffrep.taps import Address
 
@@ -88,8 +88,18 @@ def make_plan(backbone: Backbone, request: FeatureRequest, height: int, width: i
     varied = request.posterior == "sample" and backbone.codec.random
     draws = {key: request.draws if varied or _is_noised(level, request) else 1 for key, level in levels.levels.items()}
     latent = (height // backbone.codec.downscale, width // backbone.codec.downscale)
-    maps = backbone.shapes(addresses, *latent, tokens=request.tokens)
-    flops, total = backbone.flops(addresses, *latent)
+    try:
+        maps = backbone.shapes(addresses, *latent, tokens=request.tokens)
+        flops, total = backbone.flops(addresses, *latent)
+    except RuntimeError as error:
+        native = backbone.image_size
+        raise ConfigError(
+            f"{backbone.name} cannot run on images of {height}x{width} pixels ({error}); its native size is "
+            f"{native}x{native}, which data.size={native} brings them to"
+        ) from error
+    flat = [name for name, shape in maps.items() if len(shape) < 2]
+    if flat:
+        raise LayerError(f"layer {flat[0]!r} gives one vector for each sample, {maps[flat[0]]}, and no tokens or map")
     return Plan(
         addresses,
         levels,

@@ -17,6 +17,8 @@ from diffrep.config import (
     ExtractConfig,
     FeatureRequest,
     ProbeConfig,
+    digest,
+    to_plain,
     write_results,
 )
 from diffrep.data import ImageSet, open_images
@@ -30,7 +32,7 @@ from diffrep.store import FeatureStore
 
 BACKBONE = "fashion-unet"
 LEVELS = (1, 5, 10, 20, 50, 100, 200, 300)
-ATTENTION = AttentionConfig(width=64, depth=1, heads=4, epochs=15, lr=2e-3, flip=True)
+ATTENTION = AttentionConfig(width=96, depth=1, heads=4, epochs=15, flip=True)
 PICTURED = 4
 
 
@@ -47,34 +49,34 @@ def demo(out: Path, limit: int | None = None) -> dict[str, Any]:
     began = time.perf_counter()
     limits = None if limit is None else {"train": limit * 4 // 5, "test": limit - limit * 4 // 5}
     data = DataConfig(path="fashion-demo", size=32, fit="pad", limit=limits)
-    config = ProbeConfig(store=str(out / "features"), out=str(out), attention=ATTENTION)
     backbone = load_backbone(BACKBONE)
 
     print("1/5 features of every block at 8 timesteps")
-    store = _extract(data, backbone, FeatureRequest("blocks", LEVELS, pool=4), Path(config.store))
+    store = _extract(data, backbone, FeatureRequest("blocks", LEVELS, pool=4), out, "features")
+    config = ProbeConfig(store=store.path, out=out, attention=ATTENTION)
     task = make_task(store, config)
     print("2/5 linear probe and kNN on each of them")
     cells = sweep(store, task, config)
-    linear, knn = best_linear(store, cells, task, config), best(cells, "knn")
+    linear, knn = best_linear(store.tensor, cells, task, config), best(cells, "knn")
     score, head = score_linear("linear", linear, store[linear.layer, linear.level], task, config)
     scores = [score, score_knn("kNN", knn, store[knn.layer, knn.level], task, config)]
 
     print("3/5 baselines: raw pixels, and the same network untrained")
     images = open_images(data, backbone.image_channels)
     pixels = torch.stack([images[row] for row in range(len(images))])
-    cell = judge("pixels", "", pixels, task, config)
+    cell = best_linear(lambda *_: pixels, [judge("pixels", "", pixels, task, config)], task, config)
     scores.append(score_linear("linear on raw pixels", cell, pixels, task, config)[0])
     around = _around(list(store.levels), linear.level)
     blank = load_backbone(BACKBONE, init_seed=0)
-    untrained = _extract(data, blank, FeatureRequest("blocks", around, pool=4), out / "untrained")
-    cell = best_linear(untrained, sweep(untrained, task, config), task, config)
+    untrained = _extract(data, blank, FeatureRequest("blocks", around, pool=4), out, "untrained")
+    cell = best_linear(untrained.tensor, sweep(untrained, task, config), task, config)
     scores.append(
         score_linear("linear on the untrained network", cell, untrained[cell.layer, cell.level], task, config)[0]
     )
 
     print("4/5 attention-pooled head on the best layer")
     layer, level = linear.layer, linear.level
-    maps = _extract(data, backbone, FeatureRequest(layer, level, pool=8), out / "maps")
+    maps = _extract(data, backbone, FeatureRequest(layer, level, pool=8), out, "maps")
     score, attention = train_attention(maps, layer, level, task, ATTENTION, out / "attention", config.seed)
     scores.append(score)
 
@@ -89,9 +91,15 @@ def demo(out: Path, limit: int | None = None) -> dict[str, Any]:
     return metrics
 
 
-def _extract(data: DataConfig, backbone: Backbone, request: FeatureRequest, out: Path) -> FeatureStore:
+def _extract(data: DataConfig, backbone: Backbone, request: FeatureRequest, out: Path, name: str) -> FeatureStore:
+    # Another limit, request or network is another store, so that the demo can run again in the same folder.
+    identity = digest([to_plain(data), to_plain(request), backbone.weights_hash])
     config = ExtractConfig(
-        backbone=BackboneConfig(source=BACKBONE), data=data, request=request, out=str(out), batch_size=100
+        backbone=BackboneConfig(source=BACKBONE),
+        data=data,
+        request=request,
+        out=out / f"{name}-{identity}",
+        batch_size=100,
     )
     return ExtractJob(config, backbone).run()
 

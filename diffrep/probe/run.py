@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from diffrep.config import ProbeConfig, write_results
+from diffrep.config import AttentionConfig, ProbeConfig, write_results
 from diffrep.errors import StoreError
 from diffrep.probe.sweep import Cell, Score, Task, best, best_linear, make_task, score_knn, score_linear, sweep
 from diffrep.probe.trained import train_attention
@@ -31,17 +31,16 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     store = FeatureStore(config.store)
     out = Path(config.out or Path(config.store) / "probe")
     task = make_task(store, config)
+    maps = None if config.attention is None else _maps(store, config.attention)
     cells = sweep(store, task, config)
-    linear, knn = best_linear(store, cells, task, config), best(cells, "knn")
+    linear, knn = best_linear(store.tensor, cells, task, config), best(cells, "knn")
     score, head = score_linear("linear", linear, store[linear.layer, linear.level], task, config)
     scores = [score, score_knn("kNN", knn, store[knn.layer, knn.level], task, config)]
     heads: dict[str, nn.Module] = {"linear": head}
-    if config.attention is not None:
-        maps = store if config.attention.store is None else FeatureStore(config.attention.store)
-        if maps.ids != store.ids:
-            raise StoreError(f"{maps.path} and {store.path} hold different samples; extract both from the same data")
-        layer = config.attention.layer or (linear.layer if maps is store else maps.layers[0])
-        level = config.attention.level or (linear.level if maps is store else next(iter(maps.levels)))
+    if maps is not None:
+        chosen = (linear.layer, linear.level) if maps is store else (maps.layers[0], next(iter(maps.levels)))
+        wanted = (config.attention.layer, config.attention.level)
+        layer, level = maps.key(*(c if w is None else w for w, c in zip(wanted, chosen, strict=True)))
         score, heads["attention"] = train_attention(
             maps, layer, level, task, config.attention, out / "attention", config.seed
         )
@@ -51,6 +50,16 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     save_heads(out, heads)
     write_report(out)
     return metrics
+
+
+def _maps(store: FeatureStore, config: AttentionConfig) -> FeatureStore:
+    """Opens the store of the attention head's maps and checks, before any work is done, that it can serve."""
+    maps = store if config.store is None else FeatureStore(config.store)
+    if maps.ids != store.ids:
+        raise StoreError(f"{maps.path} and {store.path} hold different samples; extract both from the same data")
+    layer = maps.layers[0] if config.layer is None else config.layer
+    maps.key(layer, next(iter(maps.levels)) if config.level is None else config.level)
+    return maps
 
 
 def collect(

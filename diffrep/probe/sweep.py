@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -160,23 +160,29 @@ def best(cells: list[Cell], head: str) -> Cell:
     return max(cells, key=lambda cell: getattr(cell, head))
 
 
-def best_linear(store: FeatureStore, cells: list[Cell], task: Task, config: ProbeConfig) -> Cell:
+def best_linear(read: Callable[[str, str], torch.Tensor], cells: list[Cell], task: Task, config: ProbeConfig) -> Cell:
     """Chooses the (layer, level) and penalty of the linear probe.
 
     One validation split of a small set is a noisy judge of many cells, and the best of many noisy numbers is mostly
     luck. So the best few are judged again by cross-validation over training and validation samples together.
 
+    Args:
+        read: Gives the features (N, ...) of a (layer, level), such as `store.tensor`.
+        cells: Validation results.
+        task: Who is who.
+        config: Penalties and limits.
+
     Returns:
         The winner; its `linear` is the cross-validated accuracy when there were several finalists.
     """
     ranked = sorted(cells, key=lambda cell: -cell.linear)[: config.finalists]
-    if len(ranked) == 1:
+    if config.finalists == 1:
         return ranked[0]
     labels = task.labels[task.fit]
     fold = stratified_folds(labels.numpy(), config.folds, config.seed)
     judged = []
     for cell in tqdm(ranked, "cross-validation", unit="cell"):
-        features = store.tensor(cell.layer, cell.level)[task.fit].flatten(1).float()
+        features = read(cell.layer, cell.level)[task.fit].flatten(1).float()
         hits = torch.zeros(len(config.strengths))
         for number in range(config.folds):
             inside, outside = torch.from_numpy(fold != number), torch.from_numpy(fold == number)
@@ -194,7 +200,7 @@ def score_linear(
     features = features.flatten(1).float()
     path = LogisticPath((cell.penalty,), config.max_iter).fit(features[task.fit], task.labels[task.fit], task.classes)
     correct = path.scores(features[task.test])[0].argmax(1) == task.labels[task.test]
-    score = _score(name, "linear", cell, cell.linear, correct, {"penalty": cell.penalty, "dim": cell.dim})
+    score = _score(name, "linear", cell, cell.linear, correct, {"penalty": cell.penalty, "dim": cell.dim}, config.seed)
     return score, path.head(0)
 
 
@@ -209,9 +215,12 @@ def score_knn(name: str, cell: Cell, features: torch.Tensor, task: Task, config:
         config.temperature,
     )
     correct = votes[cell.neighbours].argmax(1) == task.labels[task.test]
-    return _score(name, "knn", cell, cell.knn, correct, {"k": cell.neighbours, "dim": cell.dim})
+    return _score(name, "knn", cell, cell.knn, correct, {"k": cell.neighbours, "dim": cell.dim}, config.seed)
 
 
-def _score(name: str, head: str, cell: Cell, val: float, correct: torch.Tensor, setting: dict[str, object]) -> Score:
+def _score(
+    name: str, head: str, cell: Cell, val: float, correct: torch.Tensor, setting: dict[str, object], seed: int
+) -> Score:
     hits = correct.numpy()
-    return Score(name, head, cell.layer, cell.level, val, float(hits.mean()), bootstrap_interval(hits), setting)
+    interval = bootstrap_interval(hits, seed)
+    return Score(name, head, cell.layer, cell.level, val, float(hits.mean()), interval, setting)

@@ -86,7 +86,7 @@ def train_attention(
     setting = {**config.model_dump(exclude={"store", "layer", "level"}), "dim": int(np.prod(shape))}
     val = float(saver.best_model_score)
     score = Score(
-        "attention pool", "attention", layer, level, val, float(hits.mean()), bootstrap_interval(hits), setting
+        "attention pool", "attention", layer, level, val, float(hits.mean()), bootstrap_interval(hits, seed), setting
     )
     return score, module.head
 

@@ -131,10 +131,18 @@ class FeatureStore(Dataset):
         # File handles stay in the process that opened them; data-loader workers open their own.
         return {**self.__dict__, "_opened": {}, "_mapped": {}}
 
-    def _name(self, layer: str, level: LevelSpec) -> str:
+    def key(self, layer: str, level: LevelSpec) -> tuple[str, str]:
+        """Returns the layer and the canonical key of the level.
+
+        Raises:
+            UnknownNameError: The store has no such layer or level.
+        """
         if layer not in self.layers:
             raise UnknownNameError("layer", layer, self.layers, f"The store is {self.path}")
-        return f"{layer}@{self._table.key(level)}"
+        return layer, self._table.key(level)
+
+    def _name(self, layer: str, level: LevelSpec) -> str:
+        return "@".join(self.key(layer, level))
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

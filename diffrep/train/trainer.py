@@ -14,15 +14,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from diffrep import dist
-from diffrep.config import TrainConfig, to_plain, to_yaml
+from diffrep.config import TrainConfig, to_plain, to_yaml, write_results
 from diffrep.data import open_images
-from diffrep.errors import ConfigError, DiffrepError
+from diffrep.errors import CheckpointError, ConfigError, DiffrepError
+from diffrep.store.layout import read_json, write_json, write_whole
 from diffrep.train.objective import Denoising
 from diffrep.train.order import StepBatches, step_rng
 
+EMA_FILE = "ema.safetensors"
 # Keys that may change between a run and its resume without changing a single number of it.
 FREE_KEYS = ("out", "checkpoint_every", "keep", "log_every", "workers")
 
@@ -58,8 +62,7 @@ def run_train(config: TrainConfig) -> Path:
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(network, optimizer)
     ema = EMAModel(network.parameters(), decay=config.ema)
-    accelerator.register_for_checkpointing(ema)
-    first = _resume(accelerator, run)
+    first = _resume(accelerator, run, network, ema)
 
     rank = accelerator.process_index
     batches = StepBatches(len(images), config.batch_size, config.seed, first, config.steps, rank, world)
@@ -80,10 +83,14 @@ def run_train(config: TrainConfig) -> Path:
         done = step + 1
         log.step(done, loss.detach(), norm, optimizer.param_groups[0]["lr"])
         if done % config.checkpoint_every == 0 or done == config.steps:
-            _save(accelerator, run, done, config.keep)
+            log.check(done)
+            _save(accelerator, run, done, config.keep, network, ema)
     log.close()
     if accelerator.is_main_process:
         _export(network, ema, objective, run / "model", config.export_dtype)
+        if log.last is not None:  # else the run was done before and its results stand
+            metrics = {"steps": config.steps, "images": config.steps * config.batch_size, "loss": log.last}
+            write_results(run, config, config.seed, metrics)
     accelerator.wait_for_everyone()
     prepared = (model, optimizer)
     del model, optimizer
@@ -98,17 +105,16 @@ class _Log:
         self.accelerator, self.file, self.config = accelerator, file, config
         self.bar = tqdm(total=config.steps, initial=first, desc="train", unit="step")
         self.losses: list[torch.Tensor] = []
+        self.last: float | None = None
         self.since = time.perf_counter()
 
     def step(self, done: int, loss: torch.Tensor, norm: torch.Tensor, lr: float) -> None:
-        """Takes note of a step; raises DiffrepError when the mean loss since the last line is not finite."""
+        """Takes note of a step and, when it is time, writes a line."""
         self.losses.append(loss)
         self.bar.update()
         if done % self.config.log_every and done != self.config.steps:
             return
-        mean = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
-        if not math.isfinite(mean):
-            raise DiffrepError(f"the loss is {mean} before step {done}; lower lr, or train with mixed_precision=no")
+        mean = self.last = self.check(done)
         if self.accelerator.is_main_process:
             speed = len(self.losses) * self.config.batch_size / (time.perf_counter() - self.since)
             line = {"step": done, "loss": mean, "lr": lr, "grad_norm": float(norm), "images_per_s": speed}
@@ -116,6 +122,15 @@ class _Log:
                 file.write(json.dumps(line) + "\n")
             self.bar.set_postfix(loss=f"{mean:.4f}")
         self.losses, self.since = [], time.perf_counter()
+
+    def check(self, done: int) -> float | None:
+        """Returns the mean loss since the last line; raises DiffrepError when it is not finite."""
+        if not self.losses:
+            return self.last
+        mean = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        if not math.isfinite(mean):
+            raise DiffrepError(f"the loss is {mean} before step {done}; lower lr, or train with mixed_precision=no")
+        return mean
 
     def close(self) -> None:
         """Ends the bar."""
@@ -146,7 +161,7 @@ def _claim(run: Path, config: TrainConfig) -> None:
     plain = to_plain(config)
     stored = run / "config.json"
     if stored.exists():
-        before = json.loads(stored.read_text())
+        before = read_json(stored)
         differ = sorted(k for k in plain if k not in FREE_KEYS and plain[k] != before.get(k))
         if differ:
             changes = "; ".join(f"{k}: {before.get(k)} there, {plain[k]} now" for k in differ)
@@ -154,41 +169,51 @@ def _claim(run: Path, config: TrainConfig) -> None:
                 f"{run} holds a run with other settings ({changes}); use another out, or the same settings"
             )
     run.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(plain))
-    (run / "config.yaml").write_text(to_yaml(config))
+    write_json(stored, plain)
+    write_whole(run / "config.yaml", to_yaml(config).encode())
 
 
 def _checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def _resume(accelerator: Accelerator, run: Path) -> int:
+def _resume(accelerator: Accelerator, run: Path, network: torch.nn.Module, ema: EMAModel) -> int:
     saved = _checkpoints(run)
     if not saved:
         return 0
     step = int(saved[-1].name.removeprefix("step-"))
     accelerator.load_state(str(saved[-1]))
+    averages = load_file(saved[-1] / EMA_FILE)
+    ema.shadow_params = [averages[name].to(accelerator.device) for name, _ in network.named_parameters()]
+    ema.optimization_step = step
     log = run / "log.jsonl"
     if accelerator.is_main_process and log.exists():
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log.write_text("".join(line + "\n" for line in lines))
+        # A line that was being written when the run was killed has no end; lines after the checkpoint come again.
+        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        write_whole(log, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
     accelerator.print(f"resumed {run} at step {step}")
     return step
 
 
-def _save(accelerator: Accelerator, run: Path, step: int, keep: int) -> None:
+def _save(accelerator: Accelerator, run: Path, step: int, keep: int, network: torch.nn.Module, ema: EMAModel) -> None:
     """Writes a checkpoint whole or not at all, then drops the oldest."""
     folder = run / "checkpoints"
     partial = folder / f"partial-{step:07d}"
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        target = folder / f"step-{step:07d}"
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
-        for old in _checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            # Not through accelerate's custom objects, which are read back as pickles that may run code.
+            names = [name for name, _ in network.named_parameters()]
+            save_file(dict(zip(names, ema.shadow_params, strict=True)), partial / EMA_FILE)
+            target = folder / f"step-{step:07d}"
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(partial, target)
+            for old in _checkpoints(run)[:-keep]:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write the checkpoint of step {step} to {folder}: {error}") from error
     accelerator.wait_for_everyone()
 
 

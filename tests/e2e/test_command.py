@@ -81,6 +81,12 @@ def test_dry_run_writes_nothing(capsys, words, tmp_path):
     text = call(capsys, "extract", *words, f"out={tmp_path / 'store'}", "--dry-run", check=0).out
     for word in ("units", "FLOPs", "bytes", "time", "forwards  144 (4 an image)"):
         assert word in text
+    assert (
+        text.splitlines()[:-1]
+        == call(
+            capsys, "extract", *words, f"out={tmp_path / 'store'}", "--dry-run", "--nproc", 2, check=0
+        ).out.splitlines()[:-1]
+    )
     assert not (tmp_path / "store").exists()
 
 
@@ -226,3 +232,5 @@ def test_demo_in_small(tmp_path):
     names = [score["name"] for score in metrics["scores"]]
     assert names == ["linear", "kNN", "linear on raw pixels", "linear on the untrained network", "attention pool"]
     assert len(metrics["cells"]) == 9 * 8
+    # Again in the same folder, with other images: other stores, no refusal.
+    run("demo", "--limit", 110, "--out", tmp_path / "demo", check=0)

@@ -59,6 +59,8 @@ def test_wrong_key_type_and_bound_come_in_one_message(file):
         (["data.name=CIFAR10"], "goes with kind: torchvision"),
         (["request.levels=[]"], "request.levels"),
         (["backbone.dtype=fp8"], "backbone.dtype"),
+        (["data=[a,b]"], "data"),
+        (["data=${nope}"], "nope"),
     ],
 )
 def test_unreadable_words(file, words, text):
@@ -75,6 +77,12 @@ def test_missing_damaged_and_list_files(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="got a list"):
         load_config(ProbeConfig, [tmp_path / "list.yaml"])
+
+
+def test_a_base_that_is_no_path(file):
+    file.write_text("base: 5\n" + MINIMAL)
+    with pytest.raises(ConfigError, match="base must be a path"):
+        load_config(ExtractConfig, [file])
 
 
 def test_configs_are_frozen_and_round_trip():

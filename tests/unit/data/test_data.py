@@ -92,6 +92,15 @@ def test_any_mode_becomes_the_backbones_channels(mode, channels):
     assert tensor.dtype == torch.float32
 
 
+def test_sixteen_bit_images_keep_their_range():
+    ramp = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
+    tensor = Transform(1)(Image.fromarray(ramp))
+    np.testing.assert_allclose(tensor[0], ramp / 65535, atol=0.003)
+    for mode in ("I", "F"):
+        with pytest.raises(DataError, match=f"mode '{mode}' have no known range"):
+            Transform(1)(Image.new(mode, (4, 4)))
+
+
 def test_fits():
     image = gradient(20, 10)
     assert Transform(3, 8, "resize")(image).shape == (3, 8, 8)
@@ -125,6 +134,8 @@ def test_npz(tmp_path):
     file = tmp_path / "set.npz"
     np.savez(file, all_images=np.zeros((3, 4, 4, 3), np.uint8))
     assert open_set(file).id(2) == "all:2"
+    np.savez(file, all_images=np.zeros((3, 4, 4, 1), np.uint8))
+    assert open_set(file)[0].shape == (1, 4, 4)
     np.savez(file, all_images=np.zeros((3, 4, 4)))
     with pytest.raises(DataError, match="expected uint8"):
         open_set(file)
@@ -168,6 +179,8 @@ def test_hf_parquet(tmp_path):
     assert {name: len(rows) for name, rows in images.splits.items()} == {"train": 3, "test": 3}
     assert (images.id(4), images.label(4), images.classes) == ("test:1", 1, ["cat", "dog"])
     assert torch.equal(images[4], Transform(3)(gradient(6, 6)))
+    with pytest.raises(DataError, match="labels in column 'note' are not integers"):
+        open_set(tmp_path / "set", label_key="note")
     with pytest.raises(UnknownNameError, match="label column"):
         open_set(tmp_path / "set", label_key="lable")
     with pytest.raises(DataError, match="no image column"):

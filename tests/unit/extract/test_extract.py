@@ -136,6 +136,33 @@ def test_one_condition_for_each_image(kind, backbone, images):
     torch.testing.assert_close(together[name, 300][4:5], alone[name, 300], atol=1e-5, rtol=1e-5)
 
 
+def test_conditions_must_be_one_or_one_for_each_image(kind, backbone, images):
+    if kind == "unet2d":
+        pytest.skip("unconditional")
+    four = torch.randn(4, 5, 12) if kind == "unet2d-condition" else torch.arange(4)
+    with pytest.raises(ConfigError, match="cond holds 4 rows for 2 images"):
+        # Two images at two levels are four rows of one forward: the labels would land on the wrong ones.
+        backbone.extract(images[:2], FeatureRequest("blocks", [1, 300]), cond=four)
+
+
+def test_noise_that_would_not_be_used_is_refused(backbone, images, cond):
+    shape = (7, 1, backbone.in_channels, backbone.sample_size, backbone.sample_size)
+    with pytest.raises(ConfigError, match="posterior_noise was given and would not be used"):
+        backbone.extract(images, FeatureRequest("blocks", 5), cond=cond, posterior_noise=torch.zeros(shape))
+    with pytest.raises(ConfigError, match="noise='none'"):
+        backbone.extract(images, FeatureRequest("blocks", 5, noise="none"), cond=cond, noise=torch.zeros(shape))
+
+
+def test_a_size_the_network_cannot_take(unet):
+    with pytest.raises(ConfigError, match="cannot run on images of 13x13 pixels.*native size is 16x16"):
+        unet.extract(torch.rand(1, 1, 13, 13), FeatureRequest("blocks", 5))
+
+
+def test_a_layer_without_a_map(unet):
+    with pytest.raises(LayerError, match="one vector for each sample"):
+        unet.extract(torch.rand(1, 1, 16, 16), FeatureRequest("time_embedding", 5, tokens=True, pool="mean"))
+
+
 def test_ids_default_to_the_pixels_digest(unet):
     images = torch.rand(2, 1, 16, 16)
     found = unet.extract(images, FeatureRequest("mid_block", 5))
@@ -146,7 +173,7 @@ def test_lookup_of_features(unet):
     found = unet.extract(
         torch.rand(1, 1, 16, 16), FeatureRequest(["mid_block", "up_blocks.0:input"], [5, "sigma=0.7"])
     )
-    assert found["mid_block", 5] is found["mid_block", "t=5"]
+    assert found["mid_block", 5] is found["mid_block", "t=5"] is found["mid_block", 5.0]
     assert found["mid_block", "sigma=0.7"].dtype == torch.float16
     assert len(found) == 4
     assert "mid_block @ t=5: (1, 16, 8, 8)" in repr(found)

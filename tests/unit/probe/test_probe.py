@@ -195,6 +195,16 @@ def test_attention_needs_maps_of_the_same_samples(tmp_path):
         run_probe(ProbeConfig(store=store, neighbours=(3,), attention=attention))
 
 
+def test_the_attention_heads_layer_and_level_as_users_write_them(tmp_path):
+    store = write_store(tmp_path / "store")
+    attention = AttentionConfig(epochs=1, width=16, layer="up", level=5)
+    metrics = run_probe(ProbeConfig(store=store, neighbours=(3,), attention=attention))
+    assert (metrics["scores"][-1]["layer"], metrics["scores"][-1]["level"]) == ("up", "t=5")
+    for wrong in ({"layer": "nope"}, {"level": 0}):
+        with pytest.raises(UnknownNameError, match="nope|'0'"):
+            run_probe(ProbeConfig(store=store, neighbours=(3,), attention=AttentionConfig(epochs=1, **wrong)))
+
+
 def test_judge_reads_any_features():
     x, y = blobs(90)
     task = Task(y, 3, np.arange(50), np.arange(50, 70), np.arange(70, 90))

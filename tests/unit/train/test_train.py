@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from diffrep import load_backbone, run_train
 from diffrep.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig
-from diffrep.errors import ConfigError, DiffrepError
+from diffrep.errors import CheckpointError, ConfigError, DiffrepError
 from diffrep.testing import TINY
 from diffrep.train.objective import Denoising
 from diffrep.train.order import StepBatches, step_rng
@@ -60,9 +60,30 @@ def test_resume_is_exact(image_folder, tmp_path):
     shutil.rmtree(run / "checkpoints" / "step-0000006")
     shutil.rmtree(run / "model")
     (run / "checkpoints" / "partial-0000006").mkdir()
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"step": 6, "lo')
     resumed = run_train(config(image_folder, run))
     assert same(weights(whole), weights(resumed))
     assert (run / "log.jsonl").read_text().count('"step": 6') == 1
+    results = json.loads((run / "results.json").read_text())
+    run_train(config(image_folder, run))
+    assert json.loads((run / "results.json").read_text()) == results, "a finished run has nothing to add"
+    assert not list(run.rglob("custom_checkpoint*")), "nothing that would be read back as a pickle with code"
+
+
+def test_a_checkpoint_that_cannot_be_written(image_folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("a file where a folder should be")
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint of step 2"):
+        run_train(config(image_folder, tmp_path / "run"))
+
+
+@pytest.mark.gpu
+def test_resume_on_cuda(image_folder, tmp_path):
+    run = tmp_path / "run"
+    run_train(config(image_folder, run))
+    shutil.rmtree(run / "checkpoints" / "step-0000006")
+    run_train(config(image_folder, run))
 
 
 def test_the_exported_weights_are_the_average(image_folder, tmp_path):
