@@ -65,8 +65,13 @@ def train_attention(
     saver = ModelCheckpoint(out, monitor="val_accuracy", mode="max", filename="best", enable_version_counter=False)
     with warnings.catch_warnings():
         # The data lie in memory-mapped files, where loader workers would only add copies; a run folder may be used
-        # again; few steps an epoch are no mistake.
-        for text in ("does not have many workers", "exists and is not empty", "smaller than the logging interval"):
+        # again; few steps an epoch are no mistake; LeafSpec is a name that Lightning, not the user, should stop using.
+        for text in (
+            "does not have many workers",
+            "exists and is not empty",
+            "smaller than the logging interval",
+            "LeafSpec",
+        ):
             warnings.filterwarnings("ignore", message=f".*{text}.*")
         trainer = lightning.Trainer(
             max_epochs=config.epochs,

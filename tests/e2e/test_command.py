@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +216,15 @@ def test_two_processes_train_the_same_network(unet_folder, image_folder, tmp_pat
     one, two = (load_file(tmp_path / n / "model" / "diffusion_pytorch_model.safetensors") for n in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3)
+
+
+def test_the_python_example_of_the_readme(tmp_path, monkeypatch, capsys):
+    root = Path(__file__).parents[2]
+    code = (root / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(root / "configs")
+    exec(compile(code, "README.md", "exec"), {})
+    assert "(8, 72, 4, 4)" in capsys.readouterr().out.replace("torch.Size([8, 72, 4, 4])", "(8, 72, 4, 4)")
 
 
 def test_ls_env_validate_and_version(capsys, words):
