@@ -32,7 +32,7 @@ from diffrep.store import FeatureStore
 
 BACKBONE = "fashion-unet"
 LEVELS = (1, 5, 10, 20, 50, 100, 200, 300)
-ATTENTION = AttentionConfig(width=96, depth=1, heads=4, epochs=15, flip=True)
+ATTENTION = AttentionConfig(width=96, depth=1, heads=4, epochs=12, flip=True)
 PICTURED = 4
 
 
@@ -53,7 +53,7 @@ def demo(out: Path, limit: int | None = None) -> dict[str, Any]:
 
     print("1/5 features of every block at 8 timesteps")
     store = _extract(data, backbone, FeatureRequest("blocks", LEVELS, pool=4), out, "features")
-    config = ProbeConfig(store=store.path, out=out, attention=ATTENTION)
+    config = ProbeConfig(store=store.path, out=out, max_iter=40, attention=ATTENTION)
     task = make_task(store, config)
     print("2/5 linear probe and kNN on each of them")
     cells = sweep(store, task, config)
