@@ -117,7 +117,6 @@ class ExtractJob:
         """
         state = dist.state()
         meta = self.meta()
-        writer = None
         with state.main_process_first():
             writer = StoreWriter(self.config.out, meta)
         missing = writer.missing()
@@ -149,8 +148,10 @@ class ExtractJob:
                 if self.config.on_error == "stop":
                     raise DataError(f"{problem}; finished units stay. Mend it and run again, or use on_error=skip")
                 skipped.append({"id": self.images.id(row), "reason": problem})
-            if len(batch.sizes) > 1:
-                raise ConfigError(f"images of one batch differ in size, such as {batch.sizes[:2]}; set data.size")
+            maps = self.config.request.pool == "none"  # pooled features are alike for any size, maps are not
+            if len(batch.sizes) > 1 or (maps and batch.sizes not in ([], [self._size])):
+                sizes = sorted({*batch.sizes, self._size})
+                raise ConfigError(f"the images differ in size, such as {sizes[:2]}; set data.size")
             if batch.images is not None:
                 names = [self.images.id(row) for row in batch.rows]
                 for (layer, level), tensor in self.extractor(batch.images, ids=names, cond=self.cond).items():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from diffrep import FeatureStore
 from diffrep.cli import main
@@ -153,6 +154,19 @@ def test_an_unreadable_image_stops_or_is_skipped(capsys, words, image_folder, tm
     assert skipped["id"] == "train/class1/3.png"
     assert "cannot read the image" in skipped["reason"]
     assert len(FeatureStore(tmp_path / "b")) == 35
+
+
+def test_images_of_several_sizes_need_a_size(capsys, words, image_folder, tmp_path):
+    photos = tmp_path / "photos"
+    shutil.copytree(image_folder, photos)
+    large = Image.new("L", (24, 16))
+    for index in range(6):
+        large.save(photos / "test" / "class2" / f"{index}.png")
+    changed = [word if not word.startswith("data=") else f"data={photos}" for word in words]
+    for pool in ("none", "2"):
+        done = call(capsys, "extract", *changed, f"request.pool={pool}", f"out={tmp_path / pool}", check=2)
+        assert "the images differ in size" in done.err
+    call(capsys, "extract", *changed, "request.pool=none", "data.size=16", f"out={tmp_path / 'one'}", check=0)
 
 
 def test_probe_report_and_python_agree(capsys, store, tmp_path):
