@@ -19,7 +19,7 @@ WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY diffrep/_version.py diffrep/_version.py
 RUN touch diffrep/__init__.py && pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ".[datasets]" \
-    && pip uninstall --yes diffrep
+    && pip uninstall --yes diffrep && rm -rf build diffrep *.egg-info
 COPY diffrep diffrep
 COPY configs configs
 RUN pip install --no-cache-dir --no-deps .

@@ -137,6 +137,8 @@ class Backbone(ABC):
         found = []
         for call in calls:
             shape = None if call.shape is None else self._map_shape(call.shape, size, size)
+            if shape is not None and len(call.shape) == 3 and not self._gives_tokens(call.module):
+                continue
             if shape is None or call.calls > 1:
                 continue
             depth = sum(not part.isdigit() for part in call.module.split("."))
@@ -312,6 +314,11 @@ class Backbone(ABC):
         cond = cond.to(self.dtype) if cond is not None and cond.is_floating_point() else cond
         return self.call(self.network, x.to(self.device, self.dtype), time.reshape(-1).expand(len(x)), cond)
 
+    def _gives_tokens(self, name: str) -> bool:
+        """Whether a 3-d output is (B, N, C) of the image: no norm over (B, C, N), no keys and values of text."""
+        module, last = self.network.get_submodule(name), name.rsplit(".", 1)[-1]
+        return not isinstance(module, nn.GroupNorm) and not (last in ("to_k", "to_v") and ".attn2." in f".{name}")
+
     def _map_shape(self, shape: tuple[int, ...], height: int, width: int) -> tuple[int, int, int] | None:
         if len(shape) == 4:
             return shape[1:]
@@ -322,7 +329,7 @@ class Backbone(ABC):
         if feature.ndim == 4:
             return feature
         shape = self._map_shape(tuple(feature.shape), *size)
-        if shape is None:
+        if shape is None or (":" not in name and not self._gives_tokens(name)):
             raise LayerError(
                 f"layer {name!r} gives {tuple(feature.shape)}, which is no map of a {tuple(size)} input; "
                 "ask for tokens=True, or another layer"

@@ -290,3 +290,9 @@ class TrainConfig(Section):
     seed: int = 0
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     workers: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _splits_are_named(self) -> TrainConfig:
+        if self.data.splits is None:
+            raise ValueError("data.splits must name what is trained on, such as data.splits=train")
+        return self

@@ -9,7 +9,7 @@ from diffrep.config import DataConfig
 from diffrep.data.arrays import read_hf, read_npz, read_torchvision
 from diffrep.data.folder import read_folder
 from diffrep.data.images import ImageSet, Transform, pick_splits
-from diffrep.errors import DataError, suggest
+from diffrep.errors import ConfigError, DataError, suggest
 
 BUNDLED = {"fashion-demo": "4,000 training and 1,000 test images of Fashion-MNIST, 28x28, one channel, 10 classes"}
 __all__ = ["BUNDLED", "ImageSet", "Transform", "open_images"]
@@ -23,9 +23,15 @@ def open_images(config: DataConfig, channels: int) -> ImageSet:
         channels: Channels of the backbone's images, 1 or 3; images are converted.
 
     Raises:
+        ConfigError: The channel count is neither 1 nor 3.
         DataError: Nothing readable is there.
         UnknownNameError: A split, column or set name does not exist.
     """
+    if channels not in (1, 3):
+        raise ConfigError(
+            f"the backbone takes images of {channels} channels, and images have 1 or 3; a latent network needs "
+            "its codec (a vae/ beside it, or backbone.codec=FOLDER)"
+        )
     path, kind = Path(config.path).expanduser(), config.kind
     if config.path in BUNDLED and not path.exists():
         path, kind = Path(str(resources.files(__name__) / "bundled" / f"{config.path}.npz")), "npz"

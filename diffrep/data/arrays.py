@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffrep.data.images import pick_splits
 from diffrep.errors import BackendUnavailable, DataError, UnknownNameError
 
 
@@ -117,7 +118,10 @@ def read_torchvision(
     if "train" not in parameters and "split" in parameters and splits is None:
         raise DataError(f"torchvision {name} has splits of its own naming; name them in data.splits")
     readers, classes = {}, None
-    for split in splits or (("train", "test") if "train" in parameters else ("all",)):
+    if "train" in parameters:
+        # Anything that is not "train" would quietly open the test images.
+        splits = pick_splits(["train", "test"], splits)
+    for split in splits or ("all",):
         wanted = {"root": root, "download": download, "train": split == "train", "split": split}
         try:
             rows = factory(**{key: value for key, value in wanted.items() if key in parameters})

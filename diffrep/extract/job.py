@@ -148,8 +148,7 @@ class ExtractJob:
                 if self.config.on_error == "stop":
                     raise DataError(f"{problem}; finished units stay. Mend it and run again, or use on_error=skip")
                 skipped.append({"id": self.images.id(row), "reason": problem})
-            maps = self.config.request.pool == "none"  # pooled features are alike for any size, maps are not
-            if len(batch.sizes) > 1 or (maps and batch.sizes not in ([], [self._size])):
+            if batch.sizes not in ([], [self._size]):
                 sizes = sorted({*batch.sizes, self._size})
                 raise ConfigError(f"the images differ in size, such as {sizes[:2]}; set data.size")
             if batch.images is not None:

@@ -83,7 +83,10 @@ def train_attention(
             num_sanity_val_steps=0,
             devices=1,
         )
-        trainer.fit(module, loaders["train"], loaders["val"])
+        # Dropout and flips draw from the global generator: seeded here, and given back as it was.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            trainer.fit(module, loaders["train"], loaders["val"])
         module.load_state_dict(torch.load(saver.best_model_path, weights_only=True)["state_dict"])
         parts = trainer.predict(module, loaders["test"])
     labels = task.labels[task.test]

@@ -182,8 +182,13 @@ def _resume(accelerator: Accelerator, run: Path, network: torch.nn.Module, ema: 
     if not saved:
         return 0
     step = int(saved[-1].name.removeprefix("step-"))
-    accelerator.load_state(str(saved[-1]))
-    averages = load_file(saved[-1] / EMA_FILE)
+    try:
+        accelerator.load_state(str(saved[-1]))
+        averages = load_file(saved[-1] / EMA_FILE)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {saved[-1]}: {error}; delete it to go on from the one before"
+        ) from error
     ema.shadow_params = [averages[name].to(accelerator.device) for name, _ in network.named_parameters()]
     ema.optimization_step = step
     log = run / "log.jsonl"

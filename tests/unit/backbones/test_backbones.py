@@ -120,6 +120,13 @@ def test_wrong_inputs(backbone, kind, cond):
             backbone.capture(x, 1, ["blocks"])
 
 
+def test_a_norm_over_channels_first_tokens_is_no_map(unet):
+    name = "down_blocks.1.attentions.0.group_norm"  # (B, C, N): read as tokens, its channels would become pixels
+    assert name not in [layer.name for layer in unet.layers()]
+    with pytest.raises(LayerError, match="no map"):
+        unet.capture(torch.zeros(1, 1, 16, 16), 1, [name])
+
+
 def test_a_shared_activation_cannot_be_addressed(unet):
     shared = "down_blocks.0.resnets.0.nonlinearity"
     assert shared not in [layer.name for layer in unet.layers()]

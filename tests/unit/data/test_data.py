@@ -153,6 +153,10 @@ def test_npz(tmp_path):
 def test_torchvision(tmp_path):
     with pytest.raises(UnknownNameError, match="did you mean 'CIFAR10'"):
         open_set(tmp_path, kind="torchvision", name="CIFAR")
+    with pytest.raises(UnknownNameError, match="unknown split 'tain'; did you mean 'train'"):
+        open_set(tmp_path, kind="torchvision", name="MNIST", splits="tain")
+    with pytest.raises(ConfigError, match="images of 4 channels"):
+        open_set(tmp_path, kind="torchvision", name="MNIST", channels=4)
     with pytest.raises(DataError, match="download=true fetches it"):
         open_set(tmp_path, kind="torchvision", name="MNIST")
     # FakeData is torchvision's own generated set: the real class, no files.

@@ -78,6 +78,16 @@ def test_a_checkpoint_that_cannot_be_written(image_folder, tmp_path):
         run_train(config(image_folder, tmp_path / "run"))
 
 
+def test_a_damaged_checkpoint_and_unnamed_splits(image_folder, tmp_path):
+    run_train(config(image_folder, tmp_path / "run", steps=2))
+    file = tmp_path / "run" / "checkpoints" / "step-0000002" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="delete it to go on"):
+        run_train(config(image_folder, tmp_path / "run", steps=2))
+    with pytest.raises(ValueError, match="data.splits must name"):
+        config(image_folder, tmp_path / "other", data=DataConfig(path=image_folder))
+
+
 @pytest.mark.gpu
 def test_resume_on_cuda(image_folder, tmp_path):
     run = tmp_path / "run"
