@@ -24,10 +24,6 @@ class Posterior:
     mean: torch.Tensor
     std: torch.Tensor | None = None
 
-    def sample(self, eps: torch.Tensor) -> torch.Tensor:
-        """Returns mean + std * eps."""
-        return self.mean + self.std * eps
-
 
 class Codec(ABC):
     """What stands between images in [0, 1] and the network.

@@ -71,7 +71,7 @@ def _heat_map(metrics: dict[str, Any], head: str) -> dict[str, Any]:
                 }
             )
         rows.append({"layer": layer, "cells": cells})
-    return {"head": head, "rows": rows, "winner": winner, "low": low, "high": high}
+    return {"head": head, "rows": rows}
 
 
 def _colour(share: float) -> str:

@@ -178,7 +178,3 @@ class LayerDataset(Dataset):
         row = int(self.rows[index])
         unit, place = self.store._locate(row)
         return self.store._tensor(unit, self.name)[place], int(self.store.labels[row])
-
-    def subset(self, indices: np.ndarray) -> LayerDataset:
-        """Returns the pairs at some indices."""
-        return LayerDataset(self.store, self.name, self.rows[indices])
