@@ -6,12 +6,14 @@ One coordinate for all schedules: sigma = noise / signal of the mixture x_t = si
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,13 +21,17 @@ import torch
 from diffrep.config import LevelSpec
 from diffrep.errors import ConfigError, UnknownNameError
 
+FORMS = "write a native time such as 261, 'sigma=0.7', 'logsnr=1.2', 'step 4/18', 'clean' or 'clean@-1'"
+# Song et al. (2021), VP: beta(s) = 0.1 + 19.9 s; log signal = -(19.9 / 4) s^2 - (0.1 / 2) s.
+VP_BETA_MIN, VP_BETA_SLOPE = 0.1, 19.9
+
 
 @dataclass(frozen=True)
 class Level:
     """One noise level of one schedule.
 
     Attributes:
-        key: Canonical name: "t=261", "sigma=0.7", "clean", "clean@-1".
+        key: Canonical name, which says the native time: "t=261", "sigma=0.7", "clean", "clean@-1".
         time: What is passed to the network.
         signal: Coefficient of the clean sample.
         noise: Coefficient of the noise.
@@ -42,62 +48,144 @@ class Level:
         return self.noise / self.signal if self.signal else math.inf
 
 
-class Schedule(Protocol):
-    """What a backbone needs to know of its noise schedule."""
+class Schedule(ABC):
+    """The noise levels of a network and the time it takes at each.
 
-    def level(self, spec: LevelSpec) -> Level:
-        """Reads a level as users write it."""
-
-    def describe(self) -> dict[str, object]:
-        """Plain values that identify the schedule; they go into a store's meta.json."""
-
-
-@dataclass(frozen=True)
-class DiscreteSchedule:
-    """A DDPM schedule: integer timesteps 0..T-1 with cumulative signal powers (Ho et al., 2020).
-
-    Args:
-        alphas_cumprod: Signal power of each timestep, in (0, 1]; x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps.
-        prediction: What the network predicts: "epsilon", "v_prediction" or "sample". Features do not depend on it.
+    Attributes:
+        prediction: What the network predicts; features do not depend on it.
     """
 
-    alphas_cumprod: tuple[float, ...]
-    prediction: str = "epsilon"
-
-    @classmethod
-    def from_diffusers(cls, scheduler: object) -> DiscreteSchedule:
-        """Takes the training noise levels of a diffusers scheduler that has `alphas_cumprod`."""
-        return cls(tuple(scheduler.alphas_cumprod.tolist()), scheduler.config.get("prediction_type", "epsilon"))
+    prediction: str
 
     def level(self, spec: LevelSpec) -> Level:
         """Reads a level as users write it.
 
         Args:
-            spec: A timestep (261, "261", "t=261"), "sigma=0.7" or "logsnr=1.2" (the nearest timestep), "clean" (no
-                noise, time 0) or "clean@TIME" (no noise, any time, also a fraction or -1).
+            spec: A native time (261, "261", "t=261"; for EDM sigma itself), "sigma=0.7", "logsnr=1.2", "step i/n" (the
+                i-th of n sampling steps, counted from 0 at the least noise), "clean" (no noise, at the schedule's
+                lowest time) or "clean@TIME" (no noise, at any time, also a fraction or -1).
 
         Raises:
             ConfigError: The spec cannot be read or lies outside the schedule.
         """
         text = str(spec).strip()
         if text == "clean" or text.startswith("clean@"):
-            time = _number(text[6:] or "0", text)
-            time = int(time) if time == int(time) else time
-            return Level("clean" if time == 0 else f"clean@{time}", time, 1.0, 0.0)
-        kind, value = _kind_and_value(text)
-        if kind == "t":
-            if value != int(value) or not 0 <= value < len(self.alphas_cumprod):
-                raise ConfigError(
-                    f"level {text!r}: this schedule has the integer timesteps 0 to {len(self.alphas_cumprod) - 1}; "
-                    "write 'sigma=...' for a noise-to-signal ratio"
-                )
-            return self._at(int(value))
-        sigma = value if kind == "sigma" else math.exp(-value / 2)
+            time = _number(text[6:], text) if text != "clean" else self.clean_time
+            time = int(time) if time == int(time) and isinstance(self.clean_time, int) else time
+            return Level("clean" if time == self.clean_time else f"clean@{_written(time)}", time, 1.0, 0.0)
+        step = re.fullmatch(r"step\s+(\d+)\s*/\s*(\d+)", text)
+        if step is not None:
+            return self.at(self._step(int(step[1]), int(step[2]), text))
+        match = re.fullmatch(r"(?:(t|sigma|logsnr)\s*=\s*)?(\S+)", text)
+        if match is None:
+            raise ConfigError(f"cannot read the level {text!r}; {FORMS}")
+        value = _number(match[2], text)
+        if match[1] in (None, "t"):
+            return self.at(value)
+        if match[1] == "logsnr" and abs(value) > 1000:
+            raise ConfigError(f"level {text!r}: log-SNR lies between -1000 and 1000")
+        sigma = value if match[1] == "sigma" else math.exp(-value / 2)
         if sigma < 0:
             raise ConfigError(f"level {text!r}: sigma is a ratio of noise to signal, at least 0")
-        return self._at(self._nearest(sigma))
+        return self.at_sigma(sigma)
 
-    def describe(self) -> dict[str, object]:
+    @property
+    @abstractmethod
+    def clean_time(self) -> int | float:
+        """Native time of the least noise."""
+
+    @abstractmethod
+    def at(self, time: float) -> Level:
+        """Returns the level at a native time.
+
+        Raises:
+            ConfigError: The schedule has no such time.
+        """
+
+    @abstractmethod
+    def at_sigma(self, sigma: float) -> Level:
+        """Returns the level of a noise-to-signal ratio: exact, or the nearest timestep of a discrete schedule."""
+
+    @abstractmethod
+    def steps(self, count: int) -> list[float]:
+        """Returns the native times of a sampler with `count` steps, from the least noise to the most."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Returns plain values that identify the schedule; they go into a store's meta.json."""
+
+    def _step(self, index: int, count: int, text: str) -> float:
+        if not 0 <= index < count:
+            raise ConfigError(f"level {text!r}: steps of {count} are counted from 0 to {count - 1}")
+        times = self.steps(count)
+        if index >= len(times):
+            raise ConfigError(f"level {text!r}: this schedule has only {len(times)} steps")
+        return times[index]
+
+
+@dataclass(frozen=True)
+class DiscreteSchedule(Schedule):
+    """A DDPM schedule: integer timesteps 0..T-1 with cumulative signal powers (Ho et al., 2020).
+
+    Args:
+        alphas_cumprod: Signal power of each timestep, in (0, 1]; x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps.
+        prediction: What the network predicts: "epsilon", "v_prediction" or "sample".
+        sampler: The diffusers scheduler it was read from, whose spacing `steps` follows; None spaces evenly from 0 to
+            T-1, as guided-diffusion and DiT do.
+    """
+
+    alphas_cumprod: tuple[float, ...] = field(repr=False)
+    prediction: str = "epsilon"
+    sampler: Any = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def from_diffusers(cls, scheduler: Any) -> DiscreteSchedule:
+        """Takes the training noise levels of a diffusers scheduler that has `alphas_cumprod`."""
+        prediction = scheduler.config.get("prediction_type", "epsilon")
+        return cls(tuple(scheduler.alphas_cumprod.tolist()), prediction, scheduler)
+
+    @classmethod
+    def linear(cls) -> DiscreteSchedule:
+        """Betas from 1e-4 to 0.02 in 1000 steps: DDPM, guided-diffusion, DiT."""
+        return cls(tuple(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)).tolist()))
+
+    @classmethod
+    def cosine(cls) -> DiscreteSchedule:
+        """The cosine schedule of Nichol and Dhariwal (2021) in 1000 steps, betas at most 0.999."""
+        power = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+        return cls(tuple(np.cumprod(1 - np.minimum(1 - power[1:] / power[:-1], 0.999)).tolist()))
+
+    @property
+    def clean_time(self) -> int:
+        """0."""
+        return 0
+
+    def at(self, time: float) -> Level:
+        """Returns the level of an integer timestep."""
+        if time != int(time) or not 0 <= time < len(self.alphas_cumprod):
+            raise ConfigError(
+                f"level {_written(time)!r}: this schedule has the integer timesteps 0 to "
+                f"{len(self.alphas_cumprod) - 1}; write 'sigma=...' for a noise-to-signal ratio"
+            )
+        power = self.alphas_cumprod[int(time)]
+        return Level(f"t={int(time)}", int(time), math.sqrt(power), math.sqrt(1 - power))
+
+    def at_sigma(self, sigma: float) -> Level:
+        """Returns the timestep nearest in log sigma, the scale on which schedules are even."""
+        power = np.asarray(self.alphas_cumprod)
+        log_sigmas = 0.5 * (np.log1p(-np.minimum(power, 1 - 1e-12)) - np.log(np.maximum(power, 1e-12)))
+        # The floor keeps sigma = 0 finite.
+        return self.at(int(np.abs(log_sigmas - math.log(max(sigma, 1e-12))).argmin()))
+
+    def steps(self, count: int) -> list[int]:
+        """Returns the sampler's timesteps, ascending, each once."""
+        if self.sampler is None:
+            times = np.linspace(0, len(self.alphas_cumprod) - 1, count)
+        else:
+            times = _sampler_times(self.sampler, count)
+        return sorted({round(float(time)) for time in times})
+
+    def describe(self) -> dict[str, Any]:
         """Returns length, end points and digest of the schedule."""
         packed = np.asarray(self.alphas_cumprod, dtype=np.float64).tobytes()
         return {
@@ -107,15 +195,119 @@ class DiscreteSchedule:
             "digest": hashlib.sha256(packed).hexdigest()[:16],
         }
 
-    def _at(self, t: int) -> Level:
-        power = self.alphas_cumprod[t]
-        return Level(f"t={t}", t, math.sqrt(power), math.sqrt(1 - power))
 
-    def _nearest(self, sigma: float) -> int:
-        # Nearest in log sigma, the scale on which schedules are even; the floor keeps sigma = 0 finite.
-        power = np.asarray(self.alphas_cumprod)
-        log_sigmas = 0.5 * (np.log1p(-np.minimum(power, 1 - 1e-12)) - np.log(np.maximum(power, 1e-12)))
-        return int(np.abs(log_sigmas - math.log(max(sigma, 1e-12))).argmin())
+@dataclass(frozen=True)
+class FlowSchedule(Schedule):
+    """An interpolant between data and noise over continuous time.
+
+    With s in [0, 1] the share of the way to noise: linear, x_s = (1 - s) x_0 + s eps; cosine (GVP),
+    x_s = cos(pi s / 2) x_0 + sin(pi s / 2) eps; vp, the variance-preserving path of Song et al. (2021).
+
+    Args:
+        path: "linear", "cosine" or "vp" (Ma et al., 2024, SiT).
+        data_time: Time at the data end, in units of `scale`: 0 in REPA, SD3 and FLUX, 1 in SiT.
+        scale: Native time of a full unit: 1000 in SD3.
+        sampler: The diffusers scheduler it was read from, whose shift `steps` follows.
+    """
+
+    path: Literal["linear", "cosine", "vp"] = "linear"
+    data_time: Literal[0, 1] = 0
+    scale: float = 1.0
+    sampler: Any = field(default=None, repr=False, compare=False)
+    prediction: str = "velocity"
+
+    @property
+    def clean_time(self) -> float:
+        """The data end."""
+        return float(self.data_time * self.scale)
+
+    def at(self, time: float) -> Level:
+        """Returns the level at a time between 0 and `scale`."""
+        share = abs(time / self.scale - self.data_time)
+        if not 0 <= time <= self.scale:
+            raise ConfigError(
+                f"level {_written(time)!r}: this schedule's times lie between 0 and {_written(self.scale)}, data at "
+                f"{_written(self.clean_time)}; write 'sigma=...' for a noise-to-signal ratio"
+            )
+        time = float(_written(time))
+        if self.path == "linear":
+            signal, noise = 1 - share, share
+        elif self.path == "cosine":
+            signal, noise = math.cos(math.pi * share / 2), math.sin(math.pi * share / 2)
+        else:
+            log_signal = -VP_BETA_SLOPE / 4 * share**2 - VP_BETA_MIN / 2 * share
+            signal, noise = math.exp(log_signal), math.sqrt(-math.expm1(2 * log_signal))
+        return Level(f"t={_written(time)}", time, signal, noise)
+
+    def at_sigma(self, sigma: float) -> Level:
+        """Returns the exact level of a noise-to-signal ratio."""
+        if self.path == "linear":
+            share = sigma / (1 + sigma)
+        elif self.path == "cosine":
+            share = 2 / math.pi * math.atan(sigma)
+        else:
+            slope = VP_BETA_MIN**2 + 2 * VP_BETA_SLOPE * math.log1p(sigma**2)
+            share = (math.sqrt(slope) - VP_BETA_MIN) / VP_BETA_SLOPE
+        if share > 1:
+            raise ConfigError(f"sigma={_written(sigma)} lies beyond the end of the {self.path} path")
+        return self.at(abs(self.data_time - share) * self.scale)
+
+    def steps(self, count: int) -> list[float]:
+        """Returns the times at which an Euler sampler calls the network: shifted as the sampler says, else even."""
+        if self.sampler is None:
+            shares = [(index + 1) / count for index in range(count)]
+        else:
+            shares = sorted(float(time) / 1000 for time in _sampler_times(self.sampler, count))
+        return [abs(self.data_time - share) * self.scale for share in shares]
+
+    def describe(self) -> dict[str, Any]:
+        """Returns path, direction and scale."""
+        return {"kind": "flow", "path": self.path, "data_time": self.data_time, "scale": self.scale}
+
+
+@dataclass(frozen=True)
+class SigmaSchedule(Schedule):
+    """EDM's levels (Karras et al., 2022): x = x_0 + sigma eps, and sigma is the time.
+
+    Args:
+        kind: Preconditioning: "edm", "vp", "ve" or "iddpm".
+        sigma_min: Least noise the network takes.
+        sigma_max: Most.
+        table: Levels that sigma is rounded to; empty for none.
+    """
+
+    kind: str = "edm"
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    table: tuple[float, ...] = field(default=(), repr=False)
+    prediction: str = "denoised"
+
+    @property
+    def clean_time(self) -> float:
+        """The least noise."""
+        return self.sigma_min
+
+    def at(self, time: float) -> Level:
+        """Returns the level of sigma."""
+        if time <= 0:
+            raise ConfigError(f"level {_written(time)!r}: sigma is above 0 here; write 'clean' for no noise")
+        if self.table:
+            time = min(self.table, key=lambda level: abs(level - time))
+        time = float(_written(time))
+        return Level(f"sigma={_written(time)}", time, 1.0, time)
+
+    def at_sigma(self, sigma: float) -> Level:
+        """Returns the level of sigma."""
+        return self.at(sigma)
+
+    def steps(self, count: int) -> list[float]:
+        """Returns EDM's sampling levels, rho = 7 (equation 5), ascending."""
+        low, high = self.sigma_min ** (1 / 7), self.sigma_max ** (1 / 7)
+        return [(low + (high - low) * index / max(1, count - 1)) ** 7 for index in range(count)]
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the preconditioning and the range."""
+        return {"kind": f"sigma-{self.kind}", "sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
 
 
 class LevelTable:
@@ -130,7 +322,7 @@ class LevelTable:
         self._keys: dict[str, str] = {}
         for spec, level in levels:
             self.levels.setdefault(level.key, level)
-            for name in (level.key, level.key.removeprefix("t="), str(spec).strip()):
+            for name in (level.key, level.key.removeprefix("t=").removeprefix("sigma="), str(spec).strip()):
                 self._keys[name] = level.key
 
     def key(self, spec: LevelSpec) -> str:
@@ -187,13 +379,17 @@ def sample_noise(
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
-def _kind_and_value(text: str) -> tuple[str, float]:
-    match = re.fullmatch(r"(?:(t|sigma|logsnr)\s*=\s*)?(\S+)", text)
-    if match is None:
-        raise ConfigError(
-            f"cannot read the level {text!r}; write 261, 'sigma=0.7', 'logsnr=1.2', 'clean' or 'clean@-1'"
-        )
-    return match[1] or "t", _number(match[2], text)
+def _sampler_times(sampler: Any, count: int) -> list[float]:
+    sampler = copy.deepcopy(sampler)  # set_timesteps changes it
+    if sampler.config.get("use_dynamic_shifting"):
+        raise ConfigError("the steps of this sampler depend on the image size; write the native time instead")
+    sampler.set_timesteps(count)
+    return sampler.timesteps.tolist()
+
+
+def _written(value: float) -> str:
+    """Writes a native time as in keys: integers plain, others with nine digits."""
+    return f"{value:.9g}"
 
 
 def _number(text: str, whole: str) -> float:
@@ -202,7 +398,5 @@ def _number(text: str, whole: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ConfigError(
-            f"cannot read the level {whole!r}; write 261, 'sigma=0.7', 'logsnr=1.2', 'clean' or 'clean@-1'"
-        )
+        raise ConfigError(f"cannot read the level {whole!r}; {FORMS}")
     return value

@@ -2,6 +2,7 @@
 
 from diffrep.backbones.backbone import Backbone, Layer
 from diffrep.backbones.codec import Posterior
-from diffrep.backbones.registry import list_backbones, load_backbone
+from diffrep.backbones.registry import load_backbone
+from diffrep.backbones.sources import list_backbones
 
 __all__ = ["Backbone", "Layer", "Posterior", "list_backbones", "load_backbone"]

@@ -6,6 +6,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from diffrep.backbones.aliases import expand
+from diffrep.backbones.attention import AttentionBackend
 from diffrep.backbones.codec import Codec
-from diffrep.backbones.conditioning import Conditioner
+from diffrep.backbones.compiled import CompiledCapture
+from diffrep.backbones.conditioning import Cond, Condition, Conditioner
+from diffrep.backbones.spatial import is_spatial
 from diffrep.config import FeatureRequest
 from diffrep.errors import ConfigError, LayerError
 from diffrep.noise import Schedule
-from diffrep.taps import Address, Call, capture, dry_run, parse_address, to_meta
+from diffrep.taps import Address, Call, capture, dry_run, parse_address, site_of, to_meta
 
 if TYPE_CHECKING:
     from diffrep.extract import Features
@@ -51,7 +56,7 @@ class Backbone(ABC):
     """A frozen diffusion network that can be read.
 
     Subclasses say how their network is called and which blocks it has. Construction freezes the network
-    (`requires_grad_(False)`, eval).
+    (`requires_grad_(False)`, eval). For a network of your own see `Backbone.from_module`.
 
     Args:
         name: What the user called it; stored with the features.
@@ -59,7 +64,15 @@ class Backbone(ABC):
         schedule: Its noise schedule.
         codec: Images to network input.
         conditioner: What stands for the condition.
+
+    Attributes:
+        convolutional: Whether the network gains from the channels-last memory layout.
+        compiler: The torch.compile backend, such as "inductor", that `capture` compiles the function that returns the
+            features with, one graph for each set of layers; None runs it as it is. Attention maps always do.
+        attention: The kernel that softmax attention runs on; None is torch's choice.
     """
+
+    convolutional = False
 
     def __init__(self, name: str, network: nn.Module, schedule: Schedule, codec: Codec, conditioner: Conditioner):
         self.name = name
@@ -67,7 +80,10 @@ class Backbone(ABC):
         self.schedule = schedule
         self.codec = codec
         self.conditioner = conditioner
+        self.compiler: str | None = None
+        self.attention: AttentionBackend | None = None
         self._parsed: dict[tuple[str, ...], dict[str, Address]] = {}
+        self._functions: dict[tuple[Address, ...], CompiledCapture] = {}
         if codec.module() is not None:
             codec.module().requires_grad_(False).eval()
         if codec.latent_channels != self.in_channels:
@@ -75,6 +91,13 @@ class Backbone(ABC):
                 f"{name}: the codec gives {codec.latent_channels} channels, the network takes {self.in_channels}; "
                 "load the network with the codec it was trained with"
             )
+
+    @staticmethod
+    def from_module(module: nn.Module, schedule: Schedule, **options: Any) -> Backbone:
+        """Wraps any network; see `diffrep.backbones.module.ModuleBackbone` for the options and an example."""
+        from diffrep.backbones.module import ModuleBackbone
+
+        return ModuleBackbone(module, schedule, **options)
 
     # What a family says -------------------------------------------------------------------------------------------
 
@@ -89,7 +112,7 @@ class Backbone(ABC):
         """Native side of the network's input."""
 
     @abstractmethod
-    def call(self, network: nn.Module, x: torch.Tensor, time: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+    def call(self, network: nn.Module, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Calls the network (or its meta copy) and returns its raw output."""
 
     @abstractmethod
@@ -104,6 +127,20 @@ class Backbone(ABC):
         while height * width > tokens and height * width > 1:
             height, width = math.ceil(height / 2), math.ceil(width / 2)
         return (height, width) if height * width == tokens else None
+
+    def alias(self, family: str, rest: str) -> str | None:
+        """Returns the address that a published name such as "dift.1" stands for in this network, or None.
+
+        Args:
+            family: What stands before the dot, "dift".
+            rest: What stands after it, "1".
+        """
+        return None
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Element type that `call` takes x in."""
+        return self.dtype
 
     # What a user calls --------------------------------------------------------------------------------------------
 
@@ -137,9 +174,7 @@ class Backbone(ABC):
         found = []
         for call in calls:
             shape = None if call.shape is None else self._map_shape(call.shape, size, size)
-            if shape is not None and len(call.shape) == 3 and not self._gives_tokens(call.module):
-                continue
-            if shape is None or call.calls > 1:
+            if shape is None or call.calls > 1 or not is_spatial(self.network, Address(call.module), len(call.shape)):
                 continue
             depth = sum(not part.isdigit() for part in call.module.split("."))
             stride = round(size / shape[-1])
@@ -150,21 +185,24 @@ class Backbone(ABC):
     def addresses(self, layers: Iterable[str]) -> dict[str, Address]:
         """Expands aliases and checks addresses.
 
+        Returns:
+            Each address by its canonical text, which is the name that features are stored under.
+
         Raises:
             LayerError: An address does not exist, or its module does not run exactly once in a pass.
         """
-        key = tuple(layers)
+        key = (layers,) if isinstance(layers, str) else tuple(layers)
         if key not in self._parsed:
-            names = [name for layer in key for name in (self.blocks() if layer == "blocks" else [layer])]
-            found = {name: parse_address(name, self.network) for name in names}
+            found = [parse_address(name, self.network) for layer in key for name in expand(layer, self)]
             calls = {call.module: call.calls for call in self._trace[0]}
-            for name, address in found.items():
-                if calls.get(address.module, 0) != 1:
+            for address in found:
+                times = calls.get(site_of(address, self.network).module, 0)
+                if times != 1:
                     raise LayerError(
-                        f"layer {name!r} runs {calls.get(address.module, 0)} times in one pass, so its feature is not "
-                        "one tensor; name a module that contains it"
+                        f"layer {str(address)!r} runs {times} times in one pass, so its feature is not one tensor; "
+                        "name a module that contains it"
                     )
-            self._parsed[key] = found
+            self._parsed[key] = {str(address): address for address in found}
         return self._parsed[key]
 
     @torch.no_grad()
@@ -173,7 +211,7 @@ class Backbone(ABC):
         x: torch.Tensor,
         time: float | torch.Tensor,
         layers: Iterable[str],
-        cond: torch.Tensor | None = None,
+        cond: Cond = None,
         tokens: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Reads layers in one forward pass that stops after the deepest of them.
@@ -182,37 +220,56 @@ class Backbone(ABC):
             x: Network input (B, in_channels, h, w), already noised.
             time: Native time, a scalar or (B,).
             layers: Addresses or aliases.
-            cond: Condition of the whole batch or one for each row.
+            cond: Condition of the whole batch or one for each row: labels, prompts, embeddings, or a dict of tensors.
             tokens: Keep token sequences as (B, N, C) in place of maps.
 
         Returns:
-            A tensor for each address: (B, C, H, W), or (B, N, C) for tokens; detached, in the network's dtype.
+            A tensor for each address: (B, C, H, W), or (B, N, C) for tokens; detached, in the network's dtype (maps of
+            attention in fp32).
 
         Raises:
             LayerError: A layer does not exist or did not run.
             ConfigError: `x`, `time` or `cond` do not fit the network.
         """
-        addresses = self.addresses([layers] if isinstance(layers, str) else layers)
+        addresses = self.addresses(layers)
         if getattr(self.network, "is_cache_enabled", False):
             raise LayerError("a diffusers cache is enabled on this network: skipped blocks would give stale features")
-        found = capture(self.network, addresses.values(), lambda: self._forward(x, time, cond))
-        size = tuple(x.shape[-2:])
+        arguments = self._arguments(x, time, cond)
+        wanted = tuple(addresses.values())
+        with self.attention or nullcontext():
+            if self.compiler is not None and not any(address.point == "attention" for address in wanted):
+                if wanted not in self._functions:
+                    self._functions[wanted] = CompiledCapture(self, wanted, self.compiler)
+                found = self._functions[wanted](*arguments)
+            else:
+                found = capture(self.network, wanted, lambda: self.call(self.network, *arguments))
         features = {name: found[address] for name, address in addresses.items()}
         if tokens:
             return features
-        return {name: self._as_map(name, feature, size) for name, feature in features.items()}
+        size = tuple(x.shape[-2:])
+        return {name: self._as_map(addresses[name], feature, size) for name, feature in features.items()}
 
     @torch.no_grad()
-    def denoise(self, x: torch.Tensor, time: float | torch.Tensor, cond: torch.Tensor | None = None) -> torch.Tensor:
+    def denoise(self, x: torch.Tensor, time: float | torch.Tensor, cond: Cond = None) -> torch.Tensor:
         """Returns the network's raw output for a noised input; arguments as for `capture`."""
-        return self._forward(x, time, cond)
+        with self.attention or nullcontext():
+            return self.call(self.network, *self._arguments(x, time, cond))
+
+    def condition(self, cond: Cond, batch: int) -> Condition:
+        """Returns `cond` as the named tensors that the network takes, one row for all or one for each sample.
+
+        Raises:
+            ConfigError: `cond` does not fit the network.
+        """
+        rows = self.conditioner(cond, batch, self.device)
+        return {name: row.to(self.dtype) if row.is_floating_point() else row for name, row in rows.items()}
 
     def extract(
         self,
         images: torch.Tensor,
         request: FeatureRequest,
         ids: list[str] | None = None,
-        cond: torch.Tensor | None = None,
+        cond: Cond = None,
         noise: torch.Tensor | None = None,
         posterior_noise: torch.Tensor | None = None,
     ) -> Features:
@@ -259,10 +316,11 @@ class Backbone(ABC):
         """
         trace, total = self._dry_run(height, width)
         calls = {call.module: call for call in trace}
-        spent = {
-            name: calls[a.module].flops_to_input if a.point == "input" else calls[a.module].flops_to_here
-            for name, a in addresses.items()
-        }
+        spent = {}
+        for name, address in addresses.items():
+            site = site_of(address, self.network)
+            call = calls[site.module]
+            spent[name] = call.flops_to_input if site.at == "input" else call.flops_to_here
         return spent, total
 
     def shapes(
@@ -277,15 +335,15 @@ class Backbone(ABC):
         shapes = {}
         for name, address in addresses.items():
             feature = found[address]
-            shapes[name] = tuple((feature if tokens else self._as_map(name, feature, (height, width))).shape[1:])
+            shapes[name] = tuple((feature if tokens else self._as_map(address, feature, (height, width))).shape[1:])
         return shapes
 
     def encode_flops(self, height: int, width: int) -> int:
         """Returns the FLOPs of encoding one image of (height, width) pixels."""
         if self.codec.module() is None:
             return 0
-        images = torch.zeros(1, self.image_channels, height, width, device="meta", dtype=self.dtype)
-        return dry_run(self.codec.module(), lambda vae: vae.encode(images))[1]
+        images = torch.zeros(1, self.image_channels, height, width, device="meta")
+        return dry_run(self.codec.module(), lambda module: self.codec.with_module(module).encode(images))[1]
 
     # Inside -------------------------------------------------------------------------------------------------------
 
@@ -297,27 +355,24 @@ class Backbone(ABC):
         example = self._example(height, width)
         return dry_run(self.network, lambda network: self.call(network, *example))
 
-    def _example(self, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        x = torch.zeros(1, self.in_channels, height, width, device="meta", dtype=self.dtype)
-        cond = self.conditioner.example()
-        cond = cond.to(self.dtype) if cond is not None and cond.is_floating_point() else cond
-        return x, torch.zeros(1, dtype=torch.int64, device="meta"), cond
+    def _example(self, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+        x = torch.zeros(1, self.in_channels, height, width, device="meta", dtype=self.input_dtype)
+        rows = self.conditioner.example()
+        cond = {name: row.to(self.dtype) if row.is_floating_point() else row for name, row in rows.items()}
+        return x, torch.tensor([self.schedule.clean_time], device="meta"), cond
 
-    def _forward(self, x: torch.Tensor, time: float | torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+    def _arguments(
+        self, x: torch.Tensor, time: float | torch.Tensor, cond: Cond
+    ) -> tuple[torch.Tensor, torch.Tensor, Condition]:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ConfigError(f"x must be (B, {self.in_channels}, h, w), got {tuple(x.shape)}")
         time = torch.as_tensor(time, device=self.device)
         time = time.float() if time.is_floating_point() else time
         if time.ndim > 1 or (time.ndim == 1 and len(time) not in (1, len(x))):
             raise ConfigError(f"time must be a scalar or ({len(x)},), got {tuple(time.shape)}")
-        cond = self.conditioner(cond, len(x), self.device)
-        cond = cond.to(self.dtype) if cond is not None and cond.is_floating_point() else cond
-        return self.call(self.network, x.to(self.device, self.dtype), time.reshape(-1).expand(len(x)), cond)
-
-    def _gives_tokens(self, name: str) -> bool:
-        """Whether a 3-d output is (B, N, C) of the image: no norm over (B, C, N), no keys and values of text."""
-        module, last = self.network.get_submodule(name), name.rsplit(".", 1)[-1]
-        return not isinstance(module, nn.GroupNorm) and not (last in ("to_k", "to_v") and ".attn2." in f".{name}")
+        rows = self.condition(cond, len(x))
+        rows = {name: row.expand(len(x), *row.shape[1:]) for name, row in rows.items()}
+        return x.to(self.device, self.input_dtype), time.reshape(-1).expand(len(x)), rows
 
     def _map_shape(self, shape: tuple[int, ...], height: int, width: int) -> tuple[int, int, int] | None:
         if len(shape) == 4:
@@ -325,13 +380,11 @@ class Backbone(ABC):
         grid = self.grid(shape[1], height, width) if len(shape) == 3 else None
         return None if grid is None else (shape[2], *grid)
 
-    def _as_map(self, name: str, feature: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        if feature.ndim == 4:
-            return feature
+    def _as_map(self, address: Address, feature: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         shape = self._map_shape(tuple(feature.shape), *size)
-        if shape is None or (":" not in name and not self._gives_tokens(name)):
+        if shape is None or not is_spatial(self.network, address, feature.ndim):
             raise LayerError(
-                f"layer {name!r} gives {tuple(feature.shape)}, which is no map of a {tuple(size)} input; "
+                f"layer {str(address)!r} gives {tuple(feature.shape)}, which is no map of a {tuple(size)} input; "
                 "ask for tokens=True, or another layer"
             )
-        return feature.transpose(1, 2).reshape(len(feature), *shape)
+        return feature if feature.ndim == 4 else feature.transpose(1, 2).reshape(len(feature), *shape)

@@ -14,6 +14,7 @@ VERBS = {
     "layers": "table of a backbone's layers: order, shape, stride, cost",
     "extract": "images -> feature store",
     "probe": "judge every layer and level of a store by classification",
+    "convert": "checkpoint -> safetensors and JSON that every verb opens",
     "train": "train a small diffusion model",
     "report": "write report.html again from a run folder",
     "ls": "list bundled backbones and data sets",

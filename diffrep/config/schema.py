@@ -70,7 +70,7 @@ class FeatureRequest:
 
 
 class BackboneConfig(Section):
-    """Arguments of `diffrep.load_backbone`; a bare string is the `source`."""
+    """Arguments of `diffrep.load_backbone`, which explains them; a bare string is the `source`."""
 
     main_field: ClassVar[str] = "source"
 
@@ -83,6 +83,9 @@ class BackboneConfig(Section):
     init_seed: int | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"
+    channels_last: bool | None = None
+    compile: bool = False
 
 
 class DataConfig(Section):
@@ -130,7 +133,8 @@ class ExtractConfig(Section):
         data: The images.
         request: What to read.
         out: Folder of the feature store.
-        cond: `.safetensors` file with one tensor, prompt embeddings (T, C), for text-conditional networks.
+        cond: A class label, a prompt, or a `.safetensors` file with the network's condition: prompt embeddings (T, C),
+            or several tensors by name. None is "no class" or the empty prompt.
         batch_size: Rows of one forward: images x levels x draws share it.
         unit_size: Samples of one unit of work, the grain of resuming.
         workers: Processes that decode images; 0 decodes in the main process.
@@ -141,7 +145,7 @@ class ExtractConfig(Section):
     data: DataConfig
     request: FeatureRequest
     out: PathText
-    cond: PathText | None = None
+    cond: int | PathText | None = None
     batch_size: PositiveInt = 64
     unit_size: PositiveInt = 1000
     workers: Annotated[int, Field(ge=0)] = 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from diffrep.backbones.conditioning import select_rows
 from diffrep.config import FeatureRequest
 from diffrep.errors import ConfigError, DiffrepError
 from diffrep.extract.features import Features
@@ -17,6 +18,7 @@ from diffrep.noise import Level, mix, sample_noise
 
 if TYPE_CHECKING:
     from diffrep.backbones import Backbone, Posterior
+    from diffrep.backbones.conditioning import Cond, Condition
 
 
 class Extractor:
@@ -49,12 +51,13 @@ class Extractor:
         self,
         images: torch.Tensor,
         ids: list[str] | None = None,
-        cond: torch.Tensor | None = None,
+        cond: Cond = None,
         noise: torch.Tensor | None = None,
         posterior_noise: torch.Tensor | None = None,
     ) -> Features:
         """Reads a batch; arguments as for `extract`."""
-        self._check(images, ids, cond, noise, posterior_noise)
+        self._check(images, ids, noise, posterior_noise)
+        condition = self.backbone.condition(cond, len(images))
         plan = self.plan(*images.shape[-2:])
         ids = ids or [hashlib.sha256(image.numpy(force=True).tobytes()).hexdigest() for image in images]
         posterior = self._encode(images)
@@ -71,7 +74,7 @@ class Extractor:
             share = max(1, self.batch_size // draws)
             for start in range(0, len(cells), share):
                 part = cells[start : start + share]
-                means = self._mean_over_draws(plan, posterior, levels, part, draws, draw, cond)
+                means = self._mean_over_draws(plan, posterior, levels, part, draws, draw, condition)
                 image, level = (torch.tensor(index) for index in zip(*part, strict=True))
                 for name, mean in means.items():
                     features[name][level, image] = mean.to(dtype).cpu()
@@ -96,7 +99,7 @@ class Extractor:
         cells: list[tuple[int, int]],
         draws: int,
         draw: _Draws,
-        cond: torch.Tensor | None,
+        condition: Condition,
     ) -> dict[str, torch.Tensor]:
         """Returns the pooled features of (image, level) cells in fp32, averaged over their draws."""
         sums: dict[str, torch.Tensor] = {}
@@ -104,7 +107,7 @@ class Extractor:
             numbers = range(first, min(first + self.batch_size, draws))
             rows = [(image, levels[level], number) for image, level in cells for number in numbers]
             x, time = self._inputs(posterior, rows, draw)
-            mine = cond[[image for image, _, _ in rows]] if _one_per_image(cond, len(posterior.mean)) else cond
+            mine = select_rows(condition, [image for image, _, _ in rows])
             found = self.backbone.capture(x, time, list(plan.addresses), mine, tokens=self.request.tokens)
             for name, feature in found.items():
                 pooled = _pool(feature.float(), self.request.pool)
@@ -133,7 +136,6 @@ class Extractor:
         self,
         images: torch.Tensor,
         ids: list[str] | None,
-        cond: torch.Tensor | None,
         noise: torch.Tensor | None,
         posterior_noise: torch.Tensor | None,
     ) -> None:
@@ -146,14 +148,13 @@ class Extractor:
             raise ConfigError(f"images must lie in [0, 1], got {images.min():.3g} to {images.max():.3g}")
         if ids is not None and len(ids) != len(images):
             raise ConfigError(f"{len(ids)} ids for {len(images)} images")
-        if cond is not None and cond.ndim and not _is_one_prompt(cond) and len(cond) not in (1, len(images)):
-            raise ConfigError(f"cond holds {len(cond)} rows for {len(images)} images; give 1 or {len(images)}")
         if noise is not None and self.request.noise == "none":
             raise ConfigError("noise was given and the request says noise='none'")
         if posterior_noise is not None and not (self.request.posterior == "sample" and self.backbone.codec.random):
             raise ConfigError("posterior_noise was given and would not be used; it needs posterior='sample' and a VAE")
-        downscale = self.backbone.codec.downscale
-        size = tuple(side // downscale for side in images.shape[-2:])
+        if noise is None and posterior_noise is None:
+            return
+        size = self.backbone.codec.latent_size(*images.shape[-2:])
         expected = (len(images), self.request.draws, self.backbone.in_channels, *size)
         for name, given in (("noise", noise), ("posterior_noise", posterior_noise)):
             if given is not None and tuple(given.shape) != expected:
@@ -165,7 +166,7 @@ def extract(
     images: torch.Tensor,
     request: FeatureRequest,
     ids: list[str] | None = None,
-    cond: torch.Tensor | None = None,
+    cond: Cond = None,
     noise: torch.Tensor | None = None,
     posterior_noise: torch.Tensor | None = None,
     batch_size: int = 64,
@@ -179,7 +180,7 @@ def extract(
         images: (B, image_channels, H, W) in [0, 1].
         request: What is wanted.
         ids: A stable id for each image, which seeds its noise; None uses the SHA-256 of its pixels.
-        cond: Condition, for the whole batch or one for each image.
+        cond: Condition, for the whole batch or one for each image: labels, prompts, embeddings, or a dict of tensors.
         noise: (B, draws, C, h, w) in place of the seeded noise; the same for all levels.
         posterior_noise: (B, draws, C, h, w) in place of the seeded posterior draws.
         batch_size: Rows of one forward.
@@ -216,14 +217,6 @@ class _Draws:
                 for image, level, number in rows
             ]
         )
-
-
-def _is_one_prompt(cond: torch.Tensor) -> bool:
-    return cond.ndim == 2 and cond.is_floating_point()
-
-
-def _one_per_image(cond: torch.Tensor | None, images: int) -> bool:
-    return cond is not None and cond.ndim > 0 and not _is_one_prompt(cond) and len(cond) == images
 
 
 def _pool(feature: torch.Tensor, pool: str | int) -> torch.Tensor:

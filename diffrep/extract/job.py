@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffrep import dist
 from diffrep.backbones import Backbone, load_backbone
-from diffrep.backbones.registry import read_weights
+from diffrep.backbones.checkpoint import read_tensors
 from diffrep.config import BackboneConfig, ExtractConfig, to_plain
 from diffrep.data import ImageSet, open_images
 from diffrep.errors import ConfigError, DataError
@@ -46,7 +46,7 @@ class ExtractJob:
         self.config = config
         self.backbone = backbone or open_backbone(config.backbone)
         self.images = open_images(config.data, self.backbone.image_channels)
-        self.cond = None if config.cond is None else _read_cond(Path(config.cond))
+        self.cond = _read_cond(config.cond)
         self.extractor = Extractor(self.backbone, config.request, config.batch_size)
 
     def plan(self) -> Plan:
@@ -89,7 +89,9 @@ class ExtractJob:
         plan, request = self.plan(), to_plain(self.config.request)
         described = self.backbone.describe()
         if self.cond is not None:
-            described["cond"] = hashlib.sha256(self.cond.float().numpy().tobytes()).hexdigest()[:16]
+            rows = self.backbone.condition(self.cond, 1)
+            values = b"".join(name.encode() + rows[name].float().cpu().numpy().tobytes() for name in sorted(rows))
+            described["cond"] = hashlib.sha256(values).hexdigest()[:16]
         levels = [[str(spec), self.backbone.schedule.level(spec)] for spec in self.config.request.levels]
         transform = self.images.transform
         return {
@@ -220,13 +222,9 @@ def _collate(samples: list[tuple[int, torch.Tensor | None, str | None]]) -> _Bat
     return _Batch([row for row, _ in good], images, sizes, [(row, problem) for row, _, problem in samples if problem])
 
 
-def _read_cond(file: Path) -> torch.Tensor:
-    state = read_weights(file)
-    if not isinstance(state, dict) or len(state) != 1:
-        names = list(state) if isinstance(state, dict) else type(state).__name__
-        raise ConfigError(f"{file} must hold one tensor, prompt embeddings (T, C); it holds {names}")
-    (cond,) = state.values()
-    cond = cond[0] if cond.ndim == 3 and len(cond) == 1 else cond
-    if cond.ndim != 2 or not cond.is_floating_point():
-        raise ConfigError(f"{file} must hold one prompt's embeddings, (T, C), got {cond.dtype} {tuple(cond.shape)}")
-    return cond
+def _read_cond(cond: str | int | None) -> int | str | dict[str, torch.Tensor] | torch.Tensor | None:
+    """Returns a label or a prompt as it is, and the tensors of a file, by name when it holds several."""
+    if not (isinstance(cond, str) and cond.endswith(".safetensors")):
+        return cond
+    tensors = read_tensors(Path(cond))
+    return next(iter(tensors.values())) if len(tensors) == 1 else tensors

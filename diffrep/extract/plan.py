@@ -87,7 +87,7 @@ def make_plan(backbone: Backbone, request: FeatureRequest, height: int, width: i
     levels = LevelTable((spec, backbone.schedule.level(spec)) for spec in request.levels)
     varied = request.posterior == "sample" and backbone.codec.random
     draws = {key: request.draws if varied or _is_noised(level, request) else 1 for key, level in levels.levels.items()}
-    latent = (height // backbone.codec.downscale, width // backbone.codec.downscale)
+    latent = backbone.codec.latent_size(height, width)
     try:
         maps = backbone.shapes(addresses, *latent, tokens=request.tokens)
         flops, total = backbone.flops(addresses, *latent)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffrep.errors import LayerError
-from diffrep.taps.outputs import image_stream
+from diffrep.taps.outputs import Joined, image_reader, joined_block
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Call:
     Attributes:
         module: Dotted path.
         kind: Class name.
-        shape: Shape of the image stream of its output, for a batch of one; None where the output has no one tensor.
+        shape: Shape of the image stream of its output; None where no one tensor of the output is known to be that.
         flops: FLOPs spent inside the module (2 per multiply-add).
         flops_to_input: FLOPs of the whole pass when the module starts.
         flops_to_here: FLOPs of the whole pass when the module has ended.
@@ -69,12 +69,15 @@ def dry_run(network: nn.Module, forward: Callable[[nn.Module], Any]) -> tuple[li
         if name in ended:
             return
         try:
-            shape = tuple(image_stream(module, output, name).shape)
+            tensor = image_reader(module, name)(output)
+            shape = tuple((joined[around[name]].trim(tensor) if around[name] else tensor).shape)
         except LayerError:
             shape = None
         ended[name] = (len(ended), shape, starts[name][0], counter.get_total_flops())
 
-    handles = []
+    around = {name: joined_block(name, meta) for name, _ in meta.named_modules() if name}
+    joined = {path: Joined() for path in around.values() if path}
+    handles = [block.hook(meta.get_submodule(path))() for path, block in joined.items()]
     for name, module in meta.named_modules():
         if name:
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: begin(name)))

@@ -157,7 +157,7 @@ def test_parts_may_be_given_apart(unet_folder, unet, tmp_path):
 
 def test_a_file_of_weights_with_its_config(unet_folder, unet, tmp_path):
     weights = unet_folder / "unet" / "diffusion_pytorch_model.safetensors"
-    options = {"family": "unet2d", "config": TINY["unet2d"], "schedule": unet_folder / "scheduler", "device": "cpu"}
+    options = {"family": "unet2d", "config": TINY["unet2d"][1], "schedule": unet_folder / "scheduler", "device": "cpu"}
     assert load_backbone(weights, **options).weights_hash == unet.weights_hash
     pickled = tmp_path / "weights.pt"
     torch.save(unet.network.state_dict(), pickled)
@@ -166,11 +166,11 @@ def test_a_file_of_weights_with_its_config(unet_folder, unet, tmp_path):
         load_backbone(weights)
     with pytest.raises(UnknownNameError, match="did you mean 'unet2d'"):
         load_backbone(weights, **{**options, "family": "unet2"})
-    smaller = {**TINY["unet2d"], "layers_per_block": 2}
-    with pytest.raises(CheckpointError, match="missing: up_blocks|missing: down_blocks"):
+    smaller = {**TINY["unet2d"][1], "layers_per_block": 2}
+    with pytest.raises(CheckpointError, match="keys missing: up_blocks|keys missing: down_blocks"):
         load_backbone(weights, **{**options, "config": smaller})
-    wider = {**TINY["unet2d"], "block_out_channels": (8, 24)}
-    with pytest.raises(CheckpointError, match=r"of another shape: down_blocks.1.*\(16,\) there, \(24,\) here"):
+    wider = {**TINY["unet2d"][1], "block_out_channels": (8, 24)}
+    with pytest.raises(CheckpointError, match=r"of another shape: down_blocks.1.*\(16,\) in the file, \(24,\) in the"):
         load_backbone(weights, **{**options, "config": wider})
 
 
@@ -182,8 +182,8 @@ class Evil:
 def test_pickles_are_never_executed(unet_folder, tmp_path, capsys):
     file = tmp_path / "evil.pt"
     torch.save({"conv_in.weight": Evil()}, file)
-    with pytest.raises(CheckpointError, match="cannot read the weights"):
-        load_backbone(file, family="unet2d", config=TINY["unet2d"], schedule=unet_folder / "scheduler")
+    with pytest.raises(CheckpointError, match="holds code or objects.*diffrep convert"):
+        load_backbone(file, family="unet2d", config=TINY["unet2d"][1], schedule=unet_folder / "scheduler")
     assert "code ran" not in capsys.readouterr().out
 
 
@@ -215,7 +215,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(unet_folder, tmp_path):
     state = load_file(file)
     del state["conv_in.weight"]
     save_file(state, file)
-    with pytest.raises(CheckpointError, match="1 missing: conv_in.weight"):
+    with pytest.raises(CheckpointError, match="1 keys missing: conv_in.weight"):
         load_backbone(folder)
 
 

@@ -2,12 +2,13 @@ from importlib import resources
 
 import torch
 
-from diffrep import DataConfig, list_backbones, load_backbone, open_images
+from diffrep import DataConfig, load_backbone, open_images
+from diffrep.backbones.sources import BUNDLED
 from diffrep.noise import mix, sample_noise
 
 
 def test_every_bundled_backbone_is_small_described_and_opens():
-    for name in list_backbones():
+    for name in BUNDLED:
         folder = resources.files("diffrep.backbones") / "bundled" / name
         weights = folder / "diffusion_pytorch_model.safetensors"
         assert len(weights.read_bytes()) <= 4_000_000

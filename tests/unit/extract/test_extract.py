@@ -140,7 +140,7 @@ def test_conditions_must_be_one_or_one_for_each_image(kind, backbone, images):
     if kind == "unet2d":
         pytest.skip("unconditional")
     four = torch.randn(4, 5, 12) if kind == "unet2d-condition" else torch.arange(4)
-    with pytest.raises(ConfigError, match="cond holds 4 rows for 2 images"):
+    with pytest.raises(ConfigError, match="cond holds 4 rows for a batch of 2"):
         # Two images at two levels are four rows of one forward: the labels would land on the wrong ones.
         backbone.extract(images[:2], FeatureRequest("blocks", [1, 300]), cond=four)
 

@@ -1,0 +1,129 @@
+"""Kernels of softmax attention: probed, counted, and refused with the reason when they cannot run.
+
+Every family here ends in `torch.nn.functional.scaled_dot_product_attention`, so one switch serves all: torch's own
+kernel selection for "flash", and a function mode that calls xformers in its place. The switches of diffusers reach
+some classes only, and do nothing on the others without a word.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from diffrep.errors import BackendUnavailable, ConfigError, UnknownNameError
+
+NAMES = ("auto", "sdpa", "xformers", "flash")
+
+
+class AttentionBackend(AbstractContextManager):
+    """Runs the attention inside a `with` block on one kernel.
+
+    Args:
+        name: "xformers" or "flash".
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self._entered: list[AbstractContextManager] = []
+
+    def __enter__(self) -> AttentionBackend:
+        context = _XformersMode() if self.name == "xformers" else sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+        context.__enter__()
+        self._entered.append(context)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._entered.pop().__exit__(*exception)
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend | None:
+    """Returns the kernel, or None for torch's own choice ("auto" and "sdpa").
+
+    Raises:
+        BackendUnavailable: The kernel cannot run here; the message says why.
+        UnknownNameError: There is no such kernel.
+    """
+    if name not in NAMES:
+        raise UnknownNameError("attention backend", name, NAMES)
+    if name in ("auto", "sdpa"):
+        return None
+    if name == "xformers":
+        _need_xformers(device)
+    backend = AttentionBackend(name)
+    # What the package says of itself is not enough: wheels without kernels import well and fail in the first call.
+    probe = torch.zeros(1, 2, 16, 32, device=device, dtype=dtype)
+    try:
+        with torch.no_grad(), backend:
+            scaled_dot_product_attention(probe, probe, probe)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackendUnavailable(
+            f"attention={name} cannot run on {device} in {str(dtype).removeprefix('torch.')}: {reason}; "
+            "use attention=sdpa"
+        ) from error
+    return backend
+
+
+def count_attention(network: torch.nn.Module, forward: Any) -> int:
+    """Returns how many softmax attentions one forward pass runs, for the check that a backend changes anything."""
+    counter = _Counter()
+    with torch.no_grad(), counter:
+        forward(network)
+    return counter.calls
+
+
+class _Counter(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.calls += function is scaled_dot_product_attention
+        return function(*args, **(kwargs or {}))
+
+
+class _XformersMode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is scaled_dot_product_attention:
+            return _xformers_attention(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _xformers_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    if is_causal or enable_gqa or dropout_p:
+        raise ConfigError("causal, grouped or dropped-out attention has no xformers form here; use attention=sdpa")
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    # torch has (B, heads, N, d), xformers (B, N, heads, d).
+    rows = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return memory_efficient_attention(*rows, attn_bias=attn_mask, scale=scale).transpose(1, 2)
+
+
+def _need_xformers(device: torch.device) -> None:
+    try:
+        import xformers.ops  # noqa: F401
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"attention=xformers: xformers cannot be imported ({error}); pip install 'diffrep[xformers]', or use "
+            "attention=sdpa"
+        ) from error
+    if device.type != "cuda":
+        raise BackendUnavailable(f"attention=xformers needs a GPU and the network is on {device}; use attention=sdpa")

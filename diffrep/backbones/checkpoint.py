@@ -1,0 +1,115 @@
+"""Files of weights: read without running code in them, and compared with the network they should fit."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from diffrep.errors import CheckpointError
+
+State = dict[str, torch.Tensor]
+# Where training code puts the weights, best first: released numbers are those of the average.
+HOLDERS = ("ema", "model", "state_dict")
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """Reads a file of tensors; pickles are read with `weights_only=True`, so no code in them runs.
+
+    Besides tensors and plain values only `argparse.Namespace` is let in: the files of DiT, SiT and REPA hold one.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or holds more than that.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"no such file: {file}")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise CheckpointError(
+            f"{file} is a pickle that holds code or objects{f' ({asked[1]})' if asked else ''}, which diffrep does "
+            f"not run; for a published EDM network use 'diffrep convert {file} OUT', else save its state dict"
+        ) from error
+    except Exception as error:  # safetensors and zip errors have no common base
+        raise CheckpointError(f"cannot read the weights in {file}: {error}") from error
+
+
+def read_state(file: Path) -> State:
+    """Reads a state dict, bare or inside a training checkpoint {model, ema, opt, args}; the EMA is preferred.
+
+    Raises:
+        CheckpointError: The file cannot be read or holds no state dict.
+    """
+    found = read_tensors(file)
+    for holder in HOLDERS:
+        if isinstance(found, dict) and isinstance(found.get(holder), dict):
+            found = found[holder]
+            break
+    if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        held = ", ".join(map(str, list(found)[:10])) if isinstance(found, dict) else type(found).__name__
+        raise CheckpointError(f"{file} holds no state dict; it holds {held or 'nothing'}")
+    # Prefixes of DataParallel and torch.compile.
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in found.items()}
+
+
+def look_alike(keys: list[str]) -> str | None:
+    """Returns what kind of network a state dict's keys look like, or None."""
+    names = [re.sub(r"^(module\.|_orig_mod\.)+", "", key) for key in keys]
+    signs = {
+        "a Stable Diffusion single-file checkpoint (convert it with diffusers)": "model.diffusion_model.",
+        "repa": "projectors.",
+        "dit, sit or repa": "x_embedder.proj.weight",
+        "a CompVis U-Net (convert it with diffusers)": "input_blocks.1.1.transformer_blocks.",
+        "adm": "input_blocks.0.0.",
+        "edm": "model.map_layer0.",
+        "edm (without its wrapper)": "map_layer0.",
+        "a U-Net of diffusers": "down_blocks.",
+        "a transformer of diffusers": "transformer_blocks.",
+        "an autoencoder": "encoder.",
+    }
+    return next((kind for kind, sign in signs.items() if any(name.startswith(sign) for name in names)), None)
+
+
+def check_state(where: Any, network: nn.Module, state: State, family: str) -> None:
+    """Compares a state dict with a network.
+
+    Raises:
+        CheckpointError: Keys are missing, unexpected or of another shape: grouped, the first ten of each; and where
+            the keys look like another family's, which.
+    """
+    own = network.state_dict()
+    resized = [
+        f"{key} {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the network"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    check_keys(where, [key for key in own if key not in state], [k for k in state if k not in own], resized, family)
+
+
+def check_keys(
+    where: Any, missing: list[str], unexpected: list[str], resized: list[str] = (), family: str | None = None
+) -> None:
+    """Raises a CheckpointError that groups what does not fit; nothing when all fits."""
+    groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", resized))
+    problems = [
+        f"{len(keys)} keys {what}: {', '.join(sorted(keys)[:10])}{', ...' if len(keys) > 10 else ''}"
+        for what, keys in groups
+        if keys
+    ]
+    if not problems:
+        return
+    kind = look_alike(unexpected) if missing and unexpected else None
+    hint = f"; its keys look like {kind}, not {family}" if family and kind and family not in kind else ""
+    if resized and not missing and not unexpected:
+        hint = "; is this another variant than the config says?"
+    raise CheckpointError(f"the weights in {where} do not fit the network: {'; '.join(problems)}{hint}")
