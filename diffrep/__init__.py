@@ -13,6 +13,7 @@ from diffrep._version import __version__
 _HOMES = {
     "Backbone": "backbones",
     "Layer": "backbones",
+    "convert": "backbones.convert",
     "list_backbones": "backbones",
     "load_backbone": "backbones",
     "AttentionConfig": "config",
@@ -33,6 +34,9 @@ _HOMES = {
     "LinearHead": "heads",
     "run_probe": "probe",
     "write_report": "report",
+    "DiscreteSchedule": "noise",
+    "FlowSchedule": "noise",
+    "SigmaSchedule": "noise",
     "FeatureStore": "store",
     "run_train": "train",
 }

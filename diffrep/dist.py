@@ -6,15 +6,18 @@ import gc
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 
 
 def state() -> PartialState:
     """Returns Accelerate's view of this process; creates the process group when a launcher asks for one."""
-    return PartialState()
+    # Processes meet only at the end of an extraction, and one may be hours behind: torch's ten minutes are too short.
+    return PartialState(timeout=timedelta(days=7))
 
 
 def launch(processes: int, words: list[str]) -> int:
@@ -49,3 +52,5 @@ def teardown(accelerator: Accelerator | None = None, *prepared: Any) -> None:
     if accelerator is not None:
         accelerator.end_training()
     current.destroy_process_group()
+    # Otherwise a second run in this process would inherit the first one's mixed precision.
+    AcceleratorState._reset_state()

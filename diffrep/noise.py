@@ -115,7 +115,9 @@ class Schedule(ABC):
         """Returns plain values that identify the schedule; they go into a store's meta.json."""
 
     def _step(self, index: int, count: int, text: str) -> float:
-        if not 0 <= index < count:
+        if count < 1:
+            raise ConfigError(f"level {text!r}: a sampler takes at least 1 step")
+        if index >= count:
             raise ConfigError(f"level {text!r}: steps of {count} are counted from 0 to {count - 1}")
         times = self.steps(count)
         if index >= len(times):
@@ -178,7 +180,13 @@ class DiscreteSchedule(Schedule):
         return self.at(int(np.abs(log_sigmas - math.log(max(sigma, 1e-12))).argmin()))
 
     def steps(self, count: int) -> list[int]:
-        """Returns the sampler's timesteps, ascending, each once."""
+        """Returns the sampler's timesteps, ascending, each once.
+
+        Raises:
+            ConfigError: The sampler cannot take so many steps.
+        """
+        if count > len(self.alphas_cumprod):
+            raise ConfigError(f"{count} steps are more than the {len(self.alphas_cumprod)} timesteps of this schedule")
         if self.sampler is None:
             times = np.linspace(0, len(self.alphas_cumprod) - 1, count)
         else:
@@ -223,13 +231,13 @@ class FlowSchedule(Schedule):
 
     def at(self, time: float) -> Level:
         """Returns the level at a time between 0 and `scale`."""
-        share = abs(time / self.scale - self.data_time)
         if not 0 <= time <= self.scale:
             raise ConfigError(
                 f"level {_written(time)!r}: this schedule's times lie between 0 and {_written(self.scale)}, data at "
                 f"{_written(self.clean_time)}; write 'sigma=...' for a noise-to-signal ratio"
             )
-        time = float(_written(time))
+        time = float(_written(time))  # the key and the mixture name one level, however it was asked for
+        share = abs(time / self.scale - self.data_time)
         if self.path == "linear":
             signal, noise = 1 - share, share
         elif self.path == "cosine":
@@ -246,7 +254,8 @@ class FlowSchedule(Schedule):
         elif self.path == "cosine":
             share = 2 / math.pi * math.atan(sigma)
         else:
-            slope = VP_BETA_MIN**2 + 2 * VP_BETA_SLOPE * math.log1p(sigma**2)
+            # The bound keeps the square finite and lies beyond the end.
+            slope = VP_BETA_MIN**2 + 2 * VP_BETA_SLOPE * math.log1p(min(sigma, 1e100) ** 2)
             share = (math.sqrt(slope) - VP_BETA_MIN) / VP_BETA_SLOPE
         if share > 1:
             raise ConfigError(f"sigma={_written(sigma)} lies beyond the end of the {self.path} path")
@@ -257,7 +266,8 @@ class FlowSchedule(Schedule):
         if self.sampler is None:
             shares = [(index + 1) / count for index in range(count)]
         else:
-            shares = sorted(float(time) / 1000 for time in _sampler_times(self.sampler, count))
+            whole = self.sampler.config.num_train_timesteps
+            shares = sorted(float(time) / whole for time in _sampler_times(self.sampler, count))
         return [abs(self.data_time - share) * self.scale for share in shares]
 
     def describe(self) -> dict[str, Any]:
@@ -383,7 +393,10 @@ def _sampler_times(sampler: Any, count: int) -> list[float]:
     sampler = copy.deepcopy(sampler)  # set_timesteps changes it
     if sampler.config.get("use_dynamic_shifting"):
         raise ConfigError("the steps of this sampler depend on the image size; write the native time instead")
-    sampler.set_timesteps(count)
+    try:
+        sampler.set_timesteps(count)
+    except ValueError as error:
+        raise ConfigError(f"{type(sampler).__name__} cannot take {count} steps: {error}") from error
     return sampler.timesteps.tolist()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch import nn
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.backbones.convert import save_official
 from diffrep.backbones.registry import OFFICIAL
-from diffrep.errors import UnknownNameError
+from diffrep.errors import BackendUnavailable, UnknownNameError
 
 _UNET = {
     "sample_size": 8,
@@ -164,7 +167,43 @@ _VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "norm_num_groups": 4,
 }
+_DC = {
+    "in_channels": 3,
+    "latent_channels": 4,
+    "attention_head_dim": 4,
+    "encoder_block_types": "ResBlock",
+    "decoder_block_types": "ResBlock",
+    "encoder_block_out_channels": (4, 8, 8),
+    "decoder_block_out_channels": (4, 8, 8),
+    "encoder_layers_per_block": (1, 1, 1),
+    "decoder_layers_per_block": (1, 1, 1),
+    "encoder_qkv_multiscales": ((), (), ()),
+    "decoder_qkv_multiscales": ((), (), ()),
+    "scaling_factor": 0.41407,
+}
 _FLOWS = ("sd3", "flux", "sana")
+# Kind -> (pipeline, network's kind, its text encoders with width and tokenizer). CLIP's projections add up to 10.
+PIPELINES: dict[str, tuple[str, str, tuple[tuple[str, int], ...]]] = {
+    "sd15": ("StableDiffusionPipeline", "unet2d-condition", (("CLIPTextModel", 12),)),
+    "sdxl": ("StableDiffusionXLPipeline", "sdxl", (("CLIPTextModel", 4), ("CLIPTextModelWithProjection", 8))),
+    "sd3": (
+        "StableDiffusion3Pipeline",
+        "sd3",
+        (("CLIPTextModelWithProjection", 4), ("CLIPTextModelWithProjection", 6), ("T5EncoderModel", 12)),
+    ),
+    "flux": ("FluxPipeline", "flux", (("CLIPTextModel", 10), ("T5EncoderModel", 12))),
+    "pixart": ("PixArtAlphaPipeline", "pixart", (("T5EncoderModel", 12),)),
+    "sana": ("SanaPipeline", "sana", (("Gemma2Model", 12),)),
+}
+_SDXL_PROJECTION = 10
+# Scaling and shift of each pipeline's own autoencoder.
+_FACTORS: dict[str, dict[str, Any]] = {
+    "sd15": {"scaling_factor": 0.18215},
+    "sdxl": {"scaling_factor": 0.13025, "force_upcast": True},
+    "sd3": {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "flux": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "pixart": {"scaling_factor": 0.18215},
+}
 
 
 def save_tiny(kind: str, folder: str | Path, seed: int = 0) -> Path:
@@ -190,9 +229,8 @@ def save_tiny(kind: str, folder: str | Path, seed: int = 0) -> Path:
             _fill(network)
             save_official(network, kind, TINY_OFFICIAL[kind], folder)
             return folder
-        name, arguments = TINY[kind]
-        network = getattr(diffusers, name)(**arguments)
-        _fill(network)
+        name = TINY[kind][0]
+        network = _network(kind)
         network.save_pretrained(folder / ("unet" if "UNet" in name else "transformer"))
         if kind == "unet2d":
             diffusers.DDPMScheduler().save_pretrained(folder / "scheduler")
@@ -205,6 +243,124 @@ def save_tiny(kind: str, folder: str | Path, seed: int = 0) -> Path:
             scheduler = diffusers.DDIMScheduler(**betas)
         scheduler.save_pretrained(folder / "scheduler")
     return folder
+
+
+def save_tiny_pipeline(kind: str, folder: str | Path, seed: int = 0) -> Path:
+    """Writes a whole text-to-image pipeline of diffusers, with tokenizers and text encoders, all tiny and random.
+
+    Its tokenizers know lower-case letters; each is a token.
+
+    Args:
+        kind: One of `PIPELINES`: "sd15", "sdxl", "sd3", "flux", "pixart" or "sana".
+        folder: Where to write.
+        seed: Seeds the weights.
+
+    Raises:
+        UnknownNameError: There is no such kind.
+        BackendUnavailable: transformers is not installed.
+    """
+    if kind not in PIPELINES:
+        raise UnknownNameError("tiny pipeline", kind, PIPELINES)
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise BackendUnavailable("a pipeline's text encoders need transformers: pip install 'diffrep[text]'") from error
+    folder = Path(folder)
+    name, network, encoders = PIPELINES[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts: dict[str, Any] = {"unet" if "UNet" in TINY[network][0] else "transformer": _network(network)}
+        vae = diffusers.AutoencoderDC(**_DC) if kind == "sana" else diffusers.AutoencoderKL(**_VAE, **_FACTORS[kind])
+        parts["vae"], parts["scheduler"] = vae, _scheduler(kind)
+        for index, (encoder, width) in enumerate(encoders, start=1):
+            end = "" if index == 1 else f"_{index}"
+            tokenizer = _TOKENIZERS[encoder[:4]](folder / f"tokenizer{end}")
+            parts[f"tokenizer{end}"] = tokenizer
+            parts[f"text_encoder{end}"] = _text_encoder(encoder, width, kind, tokenizer)
+    if kind == "sd15":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    getattr(diffusers, name)(**parts).save_pretrained(folder)
+    return folder
+
+
+def _network(kind: str) -> nn.Module:
+    name, arguments = TINY[kind]
+    network = getattr(diffusers, name)(**arguments)
+    _fill(network)
+    return network
+
+
+def _scheduler(kind: str) -> Any:
+    if kind in ("sd3", "flux"):
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if kind == "sana":
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+        return diffusers.DPMSolverMultistepScheduler(**flow)
+    if kind == "pixart":
+        return diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    if kind == "sdxl":
+        return diffusers.EulerDiscreteScheduler(**betas, steps_offset=1)
+    return diffusers.PNDMScheduler(**betas, steps_offset=1, skip_prk_steps=True)
+
+
+def _text_encoder(name: str, width: int, kind: str, tokenizer: Any) -> nn.Module:
+    import transformers
+
+    shape = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    ends = {end: getattr(tokenizer, end) for end in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if name == "T5EncoderModel":
+        sizes = {"d_model": width, "d_kv": 6, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+        config = transformers.T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **sizes)
+    elif name == "Gemma2Model":
+        config = transformers.Gemma2Config(hidden_size=width, num_key_value_heads=1, head_dim=6, **shape, **ends)
+    else:
+        projected = _SDXL_PROJECTION if kind == "sdxl" else width
+        config = transformers.CLIPTextConfig(hidden_size=width, projection_dim=projected, **shape, **ends)
+    return getattr(transformers, name)(config).eval()
+
+
+def _clip_tokenizer(folder: Path) -> Any:
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    ends = ("<|startoftext|>", "<|endoftext|>")
+    pieces = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase), *ends]
+    (folder / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def _t5_tokenizer(folder: Path) -> Any:
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(index)) for index, piece in enumerate(pieces)], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=[("</s>", 1)])
+    return _saved_tokenizer(tokenizer, transformers.T5TokenizerFast, folder, extra_ids=0)
+
+
+def _gemma_tokenizer(folder: Path) -> Any:
+    import transformers
+    from tokenizers import Tokenizer, models, normalizers, processors
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_lowercase]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.post_processor = processors.TemplateProcessing(single=["<bos>", "$A"], special_tokens=[("<bos>", 2)])
+    return _saved_tokenizer(tokenizer, transformers.GemmaTokenizerFast, folder)
+
+
+def _saved_tokenizer(tokenizer: Any, kind: Any, folder: Path, **options: Any) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return kind.from_pretrained(folder, **options)
+
+
+_TOKENIZERS: dict[str, Callable[[Path], Any]] = {"CLIP": _clip_tokenizer, "T5En": _t5_tokenizer, "Gemm": _gemma_tokenizer}
 
 
 def _fill(network: nn.Module) -> None:

@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   python="$(command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)"
-  if [ ! -x .venv/bin/python ]; then
+  if [ ! -f .venv/bin/activate ]; then # absent, or left half made
+    rm -rf .venv
     echo "making .venv with $("$python" --version)"
     "$python" -m venv .venv
   fi

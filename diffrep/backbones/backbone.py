@@ -224,8 +224,8 @@ class Backbone(ABC):
             tokens: Keep token sequences as (B, N, C) in place of maps.
 
         Returns:
-            A tensor for each address: (B, C, H, W), or (B, N, C) for tokens; detached, in the network's dtype (maps of
-            attention in fp32).
+            A tensor for each address: (B, C, H, W), or (B, N, C) for tokens; detached, in the network's dtype, but
+            attention maps in fp32.
 
         Raises:
             LayerError: A layer does not exist or did not run.
@@ -296,7 +296,7 @@ class Backbone(ABC):
             "codec": self.codec.describe(),
             "schedule": self.schedule.describe(),
             "dtype": str(self.dtype).removeprefix("torch."),
-        }
+        } | ({} if self.attention is None else {"attention": self.attention.name})
 
     @cached_property
     def weights_hash(self) -> str:
@@ -308,13 +308,21 @@ class Backbone(ABC):
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def flops(self, addresses: dict[str, Address], height: int, width: int) -> tuple[dict[str, int], int]:
+    def flops(
+        self, addresses: dict[str, Address], height: int, width: int, condition: Condition | None = None
+    ) -> tuple[dict[str, int], int]:
         """Counts FLOPs of one image's forward for an input (height, width).
+
+        Args:
+            addresses: As `addresses` gives them.
+            height: Of the network's input.
+            width: Of the network's input.
+            condition: As `condition` gives it, for the length of its prompt; None takes the native length.
 
         Returns:
             FLOPs of a forward that stops after each address, and FLOPs of the whole network.
         """
-        trace, total = self._dry_run(height, width)
+        trace, total = self._dry_run(height, width, condition)
         calls = {call.module: call for call in trace}
         spent = {}
         for name, address in addresses.items():
@@ -324,14 +332,19 @@ class Backbone(ABC):
         return spent, total
 
     def shapes(
-        self, addresses: dict[str, Address], height: int, width: int, tokens: bool = False
+        self,
+        addresses: dict[str, Address],
+        height: int,
+        width: int,
+        tokens: bool = False,
+        condition: Condition | None = None,
     ) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of one sample's feature at each address, for an input (height, width).
+        """Returns the shape of one sample's feature at each address; arguments as for `flops`.
 
         Measured by running `capture` on the meta device.
         """
         meta = to_meta(self.network)
-        found = capture(meta, addresses.values(), lambda: self.call(meta, *self._example(height, width)))
+        found = capture(meta, addresses.values(), lambda: self.call(meta, *self._example(height, width, condition)))
         shapes = {}
         for name, address in addresses.items():
             feature = found[address]
@@ -351,13 +364,15 @@ class Backbone(ABC):
     def _trace(self) -> tuple[list[Call], int]:
         return self._dry_run(self.sample_size, self.sample_size)
 
-    def _dry_run(self, height: int, width: int) -> tuple[list[Call], int]:
-        example = self._example(height, width)
+    def _dry_run(self, height: int, width: int, condition: Condition | None = None) -> tuple[list[Call], int]:
+        example = self._example(height, width, condition)
         return dry_run(self.network, lambda network: self.call(network, *example))
 
-    def _example(self, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+    def _example(
+        self, height: int, width: int, condition: Condition | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Condition]:
         x = torch.zeros(1, self.in_channels, height, width, device="meta", dtype=self.input_dtype)
-        rows = self.conditioner.example()
+        rows = {name: row[:1].to("meta") for name, row in (condition or self.conditioner.example()).items()}
         cond = {name: row.to(self.dtype) if row.is_floating_point() else row for name, row in rows.items()}
         return x, torch.tensor([self.schedule.clean_time], device="meta"), cond
 

@@ -31,7 +31,7 @@ def write_results(folder: Path, config: Any, seed: int, metrics: dict[str, Any])
     plain = config if isinstance(config, dict) else to_plain(config)
     (folder / "config.yaml").write_text(to_yaml(plain))
     results = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "config_hash": digest(plain),
         "versions": {name: version(name) for name in PACKAGES},
         "seed": seed,
@@ -40,6 +40,12 @@ def write_results(folder: Path, config: Any, seed: int, metrics: dict[str, Any])
     path = folder / "results.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     return path
+
+
+def _command() -> str:
+    # `python -m diffrep`, which `--nproc` starts too, has the module's path in its place.
+    name = Path(sys.argv[0]).name
+    return shlex.join(["diffrep" if name == "__main__.py" else name, *sys.argv[1:]])
 
 
 def read_results(folder: Path) -> dict[str, Any]:

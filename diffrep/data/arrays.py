@@ -57,6 +57,8 @@ def read_npz(file: Path) -> tuple[dict[str, ArrayReader], list[str] | None]:
             )
         if labels is not None and len(labels) != len(images):
             raise DataError(f"{file}: {len(images)} images and {len(labels)} labels in split {split!r}")
+        if labels is not None and not np.issubdtype(labels.dtype, np.integer):
+            raise DataError(f"{file}: the labels of split {split!r} are {labels.dtype}; they must be integers")
         readers[split] = ArrayReader(split, images, labels, source)
     return readers, [str(c) for c in arrays["classes"]] if "classes" in arrays else None
 

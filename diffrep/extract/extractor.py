@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
 from diffrep.backbones.conditioning import select_rows
-from diffrep.config import FeatureRequest
+from diffrep.config import FeatureRequest, LevelSpec
 from diffrep.errors import ConfigError, DiffrepError
 from diffrep.extract.features import Features
 from diffrep.extract.plan import Plan, make_plan
@@ -38,13 +38,14 @@ class Extractor:
         self.backbone = backbone
         self.request = request
         self.batch_size = batch_size
-        self._plans: dict[tuple[int, int], Plan] = {}
+        self._plans: dict[tuple[Any, ...], Plan] = {}
 
-    def plan(self, height: int, width: int) -> Plan:
-        """Returns the plan for images of (height, width) pixels."""
-        if (height, width) not in self._plans:
-            self._plans[height, width] = make_plan(self.backbone, self.request, height, width)
-        return self._plans[height, width]
+    def plan(self, height: int, width: int, condition: Condition | None = None) -> Plan:
+        """Returns the plan for images of (height, width) pixels; see `make_plan`."""
+        key = (height, width, *(tuple(row.shape[1:]) for row in (condition or {}).values()))
+        if key not in self._plans:
+            self._plans[key] = make_plan(self.backbone, self.request, height, width, condition)
+        return self._plans[key]
 
     @torch.no_grad()
     def __call__(
@@ -58,8 +59,8 @@ class Extractor:
         """Reads a batch; arguments as for `extract`."""
         self._check(images, ids, noise, posterior_noise)
         condition = self.backbone.condition(cond, len(images))
-        plan = self.plan(*images.shape[-2:])
-        ids = ids or [hashlib.sha256(image.numpy(force=True).tobytes()).hexdigest() for image in images]
+        plan = self.plan(*images.shape[-2:], condition)
+        ids = ids or [_digest(image) for image in images]
         posterior = self._encode(images)
         draw = _Draws(self.request, ids, noise, posterior_noise)
         levels = list(plan.levels.levels.values())
@@ -82,7 +83,7 @@ class Extractor:
             (name, level.key): features[name][index] for name in plan.addresses for index, level in enumerate(levels)
         }
         _check_finite(tensors, ids, self.request.dtype)
-        return Features(tensors, ids, plan.levels)
+        return Features(tensors, ids, plan.levels, plan.aliases)
 
     def _encode(self, images: torch.Tensor) -> Posterior:
         parts = [self.backbone.codec.encode(part.to(self.backbone.device)) for part in images.split(self.batch_size)]
@@ -132,6 +133,9 @@ class Extractor:
             x = mix(x, draw.stack("noise", rows, shape).to(device), signal, scale)
         return x, time
 
+    def _has_noise(self, spec: LevelSpec) -> bool:
+        return self.backbone.schedule.level(spec).noise > 0
+
     def _check(
         self,
         images: torch.Tensor,
@@ -150,6 +154,8 @@ class Extractor:
             raise ConfigError(f"{len(ids)} ids for {len(images)} images")
         if noise is not None and self.request.noise == "none":
             raise ConfigError("noise was given and the request says noise='none'")
+        if noise is not None and not any(map(self._has_noise, self.request.levels)):
+            raise ConfigError("noise was given and every level of the request is clean")
         if posterior_noise is not None and not (self.request.posterior == "sample" and self.backbone.codec.random):
             raise ConfigError("posterior_noise was given and would not be used; it needs posterior='sample' and a VAE")
         if noise is None and posterior_noise is None:
@@ -191,6 +197,11 @@ def extract(
         DiffrepError: A feature is not finite.
     """
     return Extractor(backbone, request, batch_size)(images, ids, cond, noise, posterior_noise)
+
+
+def _digest(image: torch.Tensor) -> str:
+    content = image.detach().cpu().contiguous().view(torch.uint8)  # numpy has no bfloat16
+    return hashlib.sha256(content.numpy().tobytes()).hexdigest()
 
 
 class _Draws:

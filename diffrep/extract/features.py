@@ -22,8 +22,15 @@ class Features(Mapping):
         levels: The levels, by canonical key; each has the native time that the network was given.
     """
 
-    def __init__(self, tensors: dict[tuple[str, str], torch.Tensor], ids: list[str], levels: LevelTable):
+    def __init__(
+        self,
+        tensors: dict[tuple[str, str], torch.Tensor],
+        ids: list[str],
+        levels: LevelTable,
+        aliases: dict[str, str] | None = None,
+    ):
         self._tensors = tensors
+        self._aliases = aliases or {}
         self._table = levels
         self.ids = ids
         self.layers = list(dict.fromkeys(layer for layer, _ in tensors))
@@ -31,6 +38,7 @@ class Features(Mapping):
 
     def __getitem__(self, key: tuple[str, LevelSpec]) -> torch.Tensor:
         layer, level = key
+        layer = self._aliases.get(layer, layer)
         if layer not in self.layers:
             raise UnknownNameError("layer", layer, self.layers)
         return self._tensors[layer, self._table.key(level)]

@@ -20,12 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 from diffrep import dist
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.backbones.checkpoint import read_tensors
+from diffrep.backbones.conditioning import Condition
 from diffrep.config import BackboneConfig, ExtractConfig, to_plain
 from diffrep.data import ImageSet, open_images
 from diffrep.errors import ConfigError, DataError
 from diffrep.extract.extractor import Extractor
 from diffrep.extract.plan import Plan
 from diffrep.store import NUMERICS, FeatureStore, StoreWriter, Unit, list_units
+from diffrep.store.writer import unit_exists
 
 PACKAGES = ("diffrep", "torch", "diffusers", "numpy", "pillow")
 
@@ -51,7 +53,11 @@ class ExtractJob:
 
     def plan(self) -> Plan:
         """Returns the plan for the first image's size."""
-        return self.extractor.plan(*self._size)
+        return self.extractor.plan(*self._size, self._condition)
+
+    @cached_property
+    def _condition(self) -> Condition:
+        return self.backbone.condition(self.cond, 1)
 
     @cached_property
     def _size(self) -> tuple[int, int]:
@@ -81,7 +87,9 @@ class ExtractJob:
         self.extractor(images[:1], cond=self.cond)
         began = time.perf_counter()
         self.extractor(images, cond=self.cond)
-        seconds = (time.perf_counter() - began) / count * len(self.images)
+        units = list_units(self.images.splits, self.config.unit_size)
+        missing = sum(len(unit.rows) for unit in units if not unit_exists(Path(config.out), unit.number))
+        seconds = (time.perf_counter() - began) / count * missing
         return f"about {timedelta(seconds=round(seconds))} on {self.backbone.device}, from one batch"
 
     def meta(self) -> dict[str, Any]:
@@ -89,12 +97,13 @@ class ExtractJob:
         plan, request = self.plan(), to_plain(self.config.request)
         described = self.backbone.describe()
         if self.cond is not None:
-            rows = self.backbone.condition(self.cond, 1)
+            rows = self._condition
             values = b"".join(name.encode() + rows[name].float().cpu().numpy().tobytes() for name in sorted(rows))
             described["cond"] = hashlib.sha256(values).hexdigest()[:16]
         levels = [[str(spec), self.backbone.schedule.level(spec)] for spec in self.config.request.levels]
         transform = self.images.transform
-        return {
+        aliases = {"aliases": plan.aliases} if plan.aliases else {}
+        return aliases | {
             "numerics": NUMERICS,
             "backbone": described,
             "request": request,

@@ -13,6 +13,7 @@ from diffrep.taps import Address
 
 if TYPE_CHECKING:
     from diffrep.backbones import Backbone
+    from diffrep.backbones.conditioning import Condition
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -23,6 +24,7 @@ class Plan:
 
     Attributes:
         addresses: What is read, by the name under which it is stored.
+        aliases: Names in the request that stand for one of these addresses.
         levels: The levels.
         draws: Forward passes per level, by key: the request's draws, or 1 where all draws would be equal.
         shapes: Shape of one sample's feature, by layer.
@@ -33,6 +35,7 @@ class Plan:
     """
 
     addresses: dict[str, Address]
+    aliases: dict[str, str]
     levels: LevelTable
     draws: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
@@ -74,8 +77,18 @@ class Plan:
         return self.text()
 
 
-def make_plan(backbone: Backbone, request: FeatureRequest, height: int, width: int) -> Plan:
+def make_plan(
+    backbone: Backbone, request: FeatureRequest, height: int, width: int, condition: Condition | None = None
+) -> Plan:
     """Plans a request for images of (height, width) pixels.
+
+    Args:
+        backbone: The frozen network.
+        request: What is wanted.
+        height: Of the images.
+        width: Of the images.
+        condition: As `Backbone.condition` gives it; a prompt's length decides costs and attention maps. None takes the
+            network's native length.
 
     Raises:
         LayerError: A layer does not exist.
@@ -84,13 +97,15 @@ def make_plan(backbone: Backbone, request: FeatureRequest, height: int, width: i
     if request.tokens and isinstance(request.pool, int):
         raise ConfigError(f"pool={request.pool} makes a grid of a map; with tokens=True use pool 'none' or 'mean'")
     addresses = backbone.addresses(request.layers)
+    expanded = {layer: list(backbone.addresses([layer])) for layer in request.layers}
+    aliases = {layer: names[0] for layer, names in expanded.items() if len(names) == 1 and names != [layer]}
     levels = LevelTable((spec, backbone.schedule.level(spec)) for spec in request.levels)
     varied = request.posterior == "sample" and backbone.codec.random
     draws = {key: request.draws if varied or _is_noised(level, request) else 1 for key, level in levels.levels.items()}
     latent = backbone.codec.latent_size(height, width)
     try:
-        maps = backbone.shapes(addresses, *latent, tokens=request.tokens)
-        flops, total = backbone.flops(addresses, *latent)
+        maps = backbone.shapes(addresses, *latent, tokens=request.tokens, condition=condition)
+        flops, total = backbone.flops(addresses, *latent, condition)
     except RuntimeError as error:
         native = backbone.image_size
         raise ConfigError(
@@ -102,6 +117,7 @@ def make_plan(backbone: Backbone, request: FeatureRequest, height: int, width: i
         raise LayerError(f"layer {flat[0]!r} gives one vector for each sample, {maps[flat[0]]}, and no tokens or map")
     return Plan(
         addresses,
+        aliases,
         levels,
         draws,
         {name: pooled_shape(shape, request.pool) for name, shape in maps.items()},

@@ -54,6 +54,7 @@ class FeatureStore(Dataset):
         self._mapped: dict[tuple[int, str], torch.Tensor] = {}
         self._table = LevelTable((spec, Level(*values)) for spec, *values in self.meta["levels"])
         self.layers: list[str] = list(self.meta["layers"])
+        self._aliases: dict[str, str] = self.meta.get("aliases", {})
         self.levels = self._table.levels
         self.classes: list[str] | None = self.meta["classes"]
         self.ids = [sample_id for info in self._infos for sample_id in info["ids"]]
@@ -137,6 +138,7 @@ class FeatureStore(Dataset):
         Raises:
             UnknownNameError: The store has no such layer or level.
         """
+        layer = self._aliases.get(layer, layer)
         if layer not in self.layers:
             raise UnknownNameError("layer", layer, self.layers, f"The store is {self.path}")
         return layer, self._table.key(level)

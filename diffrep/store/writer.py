@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from diffrep.store.layout import (
 
 # Recorded, and warned about when they change; not part of what a store is.
 VERSIONS = "versions"
+# What a folder is called, and what a layer costs, do not change a feature.
+BESIDE_THE_POINT = r"backbone\.name|data\.path|layers\..*\.cost"
 
 
 class StoreWriter:
@@ -105,7 +108,8 @@ class StoreWriter:
 
     def _compare(self, stored: dict[str, Any]) -> None:
         old, new = flatten(stored), flatten(self.meta)
-        differ = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        keys = [key for key in old.keys() | new.keys() if not re.fullmatch(BESIDE_THE_POINT, key)]
+        differ = sorted(key for key in keys if old.get(key) != new.get(key))
         versions = [key for key in differ if key.split(".")[0] == VERSIONS]
         if versions:
             changes = ", ".join(f"{key.partition('.')[2]} {old.get(key)} -> {new.get(key)}" for key in versions)

@@ -9,7 +9,6 @@ import shutil
 import time
 from pathlib import Path
 
-import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from diffrep import dist
+from diffrep.backbones.folders import build
 from diffrep.config import TrainConfig, to_plain, to_yaml, write_results
 from diffrep.data import open_images
 from diffrep.errors import CheckpointError, ConfigError, DiffrepError
@@ -45,6 +45,8 @@ def run_train(config: TrainConfig) -> Path:
         DiffrepError: The loss is not finite.
     """
     run = Path(config.out)
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("mixed_precision=fp16 needs a GPU; use bf16 or no")
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, dynamo_backend="inductor" if config.compile else "no"
     )
@@ -56,7 +58,7 @@ def run_train(config: TrainConfig) -> Path:
     accelerator.wait_for_everyone()
 
     set_seed(config.seed)
-    network = getattr(diffusers, config.model.kind)(**config.model.args)
+    network = build(config.model.kind, config.model.args)
     images = open_images(config.data, channels=network.config.in_channels)
     objective = Denoising(config.schedule, config.timesteps)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)

@@ -118,7 +118,7 @@ def main():
     for name, (layers, times, draws) in cases.items():
         request = FeatureRequest(layers, times, draws=draws, pool="mean", dtype="float32")
         extractor = Extractor(backbone, request, BATCH)
-        least = extractor.plan(size, size).flops * options.images
+        least = extractor.plan(size, size, backbone.condition(cond, 1)).flops * options.images
         # The counter does not know the fused attention of the CPU.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             found = extractor(images, ids, cond)

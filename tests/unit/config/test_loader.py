@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from diffrep.config import ExtractConfig, FeatureRequest, ProbeConfig, TrainConfig, load_config, to_plain
@@ -93,18 +95,13 @@ def test_configs_are_frozen_and_round_trip():
         request.draws = 2
 
 
-@pytest.mark.parametrize(
-    ("schema", "name", "words"),
-    [
-        (ExtractConfig, "extract/folder", ["data=X", "out=Y"]),
-        (ExtractConfig, "extract/cifar10", ["data=X", "out=Y"]),
-        (ExtractConfig, "extract/fashion_demo", ["out=Y"]),
-        (ExtractConfig, "extract/fashion_full", ["data=X", "out=Y"]),
-        (ExtractConfig, "extract/fashion_full_maps", ["data=X", "out=Y"]),
-        (ProbeConfig, "probe/default", ["store=X"]),
-        (ProbeConfig, "probe/fashion_full", ["store=X", "attention.store=Z"]),
-        (TrainConfig, "train/fashion_unet", ["data=X", "out=Y"]),
-    ],
-)
-def test_shipped_configs(schema, name, words):
-    load_config(schema, [f"configs/{name}.yaml"], words)
+CONFIGS = Path(__file__).parents[3] / "configs"
+SCHEMAS = {"extract": ExtractConfig, "probe": ProbeConfig, "train": TrainConfig}
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_shipped_configs(file):
+    words = {"extract": ["data=X", "out=Y"], "probe": ["store=X"], "train": ["data=X", "out=Y"]}[file.parent.name]
+    if file.name == "fashion_full.yaml" and file.parent.name == "probe":
+        words = [*words, "attention.store=Z"]
+    load_config(SCHEMAS[file.parent.name], [file], words)

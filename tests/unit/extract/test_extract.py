@@ -51,11 +51,11 @@ def test_batch_size_and_order_change_nothing(backbone, images, cond):
 
 
 def test_executed_flops_are_the_planned_and_the_least(backbone, images, cond):
-    cond = None if cond is None else torch.zeros(77, cond.shape[-1])
     name = backbone.blocks()[1]
     request = FeatureRequest([backbone.blocks()[0], name], [1, 100, "clean"], draws=3)
     extractor = Extractor(backbone, request, batch_size=4)
-    plan = extractor.plan(*images.shape[-2:])  # before counting: the dry run on the meta device would be counted too
+    # Before counting: the dry run on the meta device would be counted too.
+    plan = extractor.plan(*images.shape[-2:], backbone.condition(cond, len(images)))
     assert plan.draws == {"t=1": 3, "t=100": 3, "clean": 1}, "draws of a clean level are all equal: one is enough"
     # The counter does not know the fused attention of the CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -16,7 +16,7 @@ from diffrep.train.order import StepBatches, step_rng
 
 def config(image_folder, out, **changes):
     given = {
-        "model": ModelConfig(args=TINY["unet2d"]),
+        "model": ModelConfig(args=TINY["unet2d"][1]),
         "data": DataConfig(path=image_folder, splits="train"),
         "out": out,
         "steps": 6,
