@@ -16,8 +16,16 @@ from accelerate.state import AcceleratorState
 
 def state() -> PartialState:
     """Returns Accelerate's view of this process; creates the process group when a launcher asks for one."""
+    # PartialState, unlike Accelerator, does not look at the variable: each process would believe it is alone.
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     # Processes meet only at the end of an extraction, and one may be hours behind: torch's ten minutes are too short.
-    return PartialState(timeout=timedelta(days=7))
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))
+
+
+def label(work: str) -> str:
+    """Returns the text of a progress bar, which says how many processes share the work when there are several."""
+    processes = state().num_processes
+    return work if processes == 1 else f"{work} in {processes} processes"
 
 
 def launch(processes: int, words: list[str]) -> int:
@@ -29,7 +37,7 @@ def launch(processes: int, words: list[str]) -> int:
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if not torch.cuda.is_available():
-        environment["ACCELERATE_USE_CPU"] = "true"
+        environment["ACCELERATE_USE_CPU"] = "true"  # or torchrun gives runs of one process each
     return subprocess.run([*command, "-m", "diffrep", *words], env=environment).returncode
 
 

@@ -134,7 +134,7 @@ class ExtractJob:
         state.wait_for_everyone()
         mine = missing[state.process_index :: state.num_processes]
         done = len(self.images) - sum(len(unit.rows) for unit in missing)
-        bar = tqdm(total=len(self.images), initial=done, desc="extract", unit="image", main_process_only=True)
+        bar = tqdm(total=len(self.images), initial=done, desc=dist.label("extract"), unit="image", main_process_only=True)
         batches = self._batches(mine)
         for unit in mine:
             self._extract_unit(writer, unit, batches, bar, state.num_processes)

@@ -105,7 +105,7 @@ class _Log:
 
     def __init__(self, accelerator: Accelerator, file: Path, config: TrainConfig, first: int):
         self.accelerator, self.file, self.config = accelerator, file, config
-        self.bar = tqdm(total=config.steps, initial=first, desc="train", unit="step")
+        self.bar = tqdm(total=config.steps, initial=first, desc=dist.label("train"), unit="step")
         self.losses: list[torch.Tensor] = []
         self.last: float | None = None
         self.since = time.perf_counter()

@@ -75,7 +75,9 @@ def test_layers_needs_no_weights(capsys, unet_folder, tmp_path):
     shutil.copytree(unet_folder, folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     table = call(capsys, "layers", folder, "--depth", 1, check=0).out
-    names = [line.split()[0] for line in table.splitlines()]
+    summary, *lines = table.splitlines()
+    assert summary.startswith("net: UNet2DModel, 0.0 M parameters, input 1x16x16")
+    names = [line.split()[0] for line in lines]
     assert names[:4] == ["name", "conv_in", "down_blocks.0", "down_blocks.1"]
 
 
@@ -95,7 +97,8 @@ def test_dry_run_writes_nothing(capsys, words, tmp_path):
 @pytest.mark.mp
 def test_two_processes_give_the_same_store(words, store, tmp_path):
     out = tmp_path / "store"
-    run("extract", *words, f"out={out}", "--nproc", 2, check=0)
+    # A launcher that starts one process and says nothing would pass the comparison.
+    assert "in 2 processes" in run("extract", *words, f"out={out}", "--nproc", 2, check=0).stderr
     assert_equal(out, store)
 
 
@@ -221,12 +224,11 @@ def test_two_processes_train_the_same_network(unet_folder, image_folder, tmp_pat
     from diffrep.testing import TINY
 
     file = tmp_path / "train.yaml"
-    file.write_text(
-        to_yaml({"model": {"args": {k: list(v) if isinstance(v, tuple) else v for k, v in TINY["unet2d"].items()}}})
-    )
+    arguments = {key: list(v) if isinstance(v, tuple) else v for key, v in TINY["unet2d"][1].items()}
+    file.write_text(to_yaml({"model": {"args": arguments}}))
     words = ["train", file, f"data={image_folder}", "data.splits=train", "steps=4", "batch_size=4", "warmup=0"]
     run(*words, f"out={tmp_path / 'one'}", check=0)
-    run(*words, f"out={tmp_path / 'two'}", "--nproc", 2, check=0)
+    assert "in 2 processes" in run(*words, f"out={tmp_path / 'two'}", "--nproc", 2, check=0).stderr
     one, two = (load_file(tmp_path / n / "model" / "diffusion_pytorch_model.safetensors") for n in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3)

@@ -122,7 +122,7 @@ def test_rounding_to_the_levels_that_iddpm_knows():
         ("edm", "0.7", "sigma=0.7"),
         ("edm", "logsnr=0", "sigma=1"),
         ("edm", "step 0/18", "sigma=0.002"),
-        ("edm", "step 3/18", "sigma=0.0599473"),
+        ("edm", "step 3/18", "sigma=0.0599473112"),
         ("edm", "step  17 / 18", "sigma=80"),
     ],
 )

@@ -113,6 +113,8 @@ def write_store(path, levels=("t=5", "t=50"), shape=(4, 2, 2), labels="good", tr
         given = {"good": y, "one": torch.zeros_like(y), "none": None}.get(labels)
         if labels == "new in test":
             given = torch.where(torch.arange(len(y)) == train, 7, y)
+        if labels == "other in test":
+            given = torch.where(torch.arange(len(y)) >= train, y.roll(1), y)
         rows = list(unit.rows)
         writer.write(
             unit, tensors, [f"id{r}" for r in rows], rows, None if given is None else given[rows].tolist(), []
@@ -146,9 +148,14 @@ def test_the_probe_finds_the_better_level_and_writes_everything(tmp_path):
 
 def test_the_test_split_decides_nothing(tmp_path):
     """Other test labels change the score and nothing that was chosen."""
-    first = run_probe(ProbeConfig(store=write_store(tmp_path / "a"), neighbours=(3,)))
-    second = run_probe(ProbeConfig(store=write_store(tmp_path / "b", test=15), neighbours=(3,)))
-    assert first["cells"][0]["linear"] == pytest.approx(second["cells"][0]["linear"], abs=0.2)
+    first, second = (
+        run_probe(ProbeConfig(store=write_store(tmp_path / name, labels=labels), neighbours=(3,)))
+        for name, labels in (("a", "good"), ("b", "other in test"))
+    )
+    assert first["cells"] == second["cells"]
+    for one, other in zip(first["scores"], second["scores"], strict=True):
+        assert (one["layer"], one["level"]) == (other["layer"], other["level"])
+        assert one["test"] > other["test"]
     task = make_task(FeatureStore(tmp_path / "a"), ProbeConfig(store="x"))
     assert not set(task.test) & set(task.fit)
     assert len(task.fit) == 60
