@@ -264,7 +264,9 @@ def save_tiny_pipeline(kind: str, folder: str | Path, seed: int = 0) -> Path:
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise BackendUnavailable("a pipeline's text encoders need transformers: pip install 'diffrep[text]'") from error
+        raise BackendUnavailable(
+            "a pipeline's text encoders need transformers: pip install 'diffrep[text]'"
+        ) from error
     folder = Path(folder)
     name, network, encoders = PIPELINES[kind]
     with torch.random.fork_rng(devices=[]):
@@ -360,7 +362,11 @@ def _saved_tokenizer(tokenizer: Any, kind: Any, folder: Path, **options: Any) ->
     return kind.from_pretrained(folder, **options)
 
 
-_TOKENIZERS: dict[str, Callable[[Path], Any]] = {"CLIP": _clip_tokenizer, "T5En": _t5_tokenizer, "Gemm": _gemma_tokenizer}
+_TOKENIZERS: dict[str, Callable[[Path], Any]] = {
+    "CLIP": _clip_tokenizer,
+    "T5En": _t5_tokenizer,
+    "Gemm": _gemma_tokenizer,
+}
 
 
 def _fill(network: nn.Module) -> None:

@@ -7,6 +7,7 @@ some classes only, and do nothing on the others without a word.
 
 from __future__ import annotations
 
+import textwrap
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from diffrep.errors import BackendUnavailable, ConfigError, UnknownNameError
 
 NAMES = ("auto", "sdpa", "xformers", "flash")
+# How torch and xformers begin to say that a kernel does not take these tensors.
+NO_KERNEL = ("No available kernel", "No operator found")
 
 
 class AttentionBackend(AbstractContextManager):
@@ -25,6 +28,9 @@ class AttentionBackend(AbstractContextManager):
 
     Args:
         name: "xformers" or "flash".
+
+    Raises:
+        BackendUnavailable: On leaving the block, in place of the kernel's refusal (of a mask, or of a head's width).
     """
 
     def __init__(self, name: str):
@@ -32,13 +38,21 @@ class AttentionBackend(AbstractContextManager):
         self._entered: list[AbstractContextManager] = []
 
     def __enter__(self) -> AttentionBackend:
-        context = _XformersMode() if self.name == "xformers" else sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+        context = self.kernel()
         context.__enter__()
         self._entered.append(context)
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._entered.pop().__exit__(*exception)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._entered.pop().__exit__(kind, error, trace)
+        if isinstance(error, RuntimeError) and str(error).lstrip().startswith(NO_KERNEL):
+            raise BackendUnavailable(
+                f"attention={self.name} does not take this network's attention: {_reason(error)}; use attention=sdpa"
+            ) from error
+
+    def kernel(self) -> AbstractContextManager:
+        """Returns what does the work, whose errors are its own."""
+        return _XformersMode() if self.name == "xformers" else sdpa_kernel(SDPBackend.FLASH_ATTENTION)
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend | None:
@@ -58,12 +72,11 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Att
     # What the package says of itself is not enough: wheels without kernels import well and fail in the first call.
     probe = torch.zeros(1, 2, 16, 32, device=device, dtype=dtype)
     try:
-        with torch.no_grad(), backend:
+        with torch.no_grad(), backend.kernel():
             scaled_dot_product_attention(probe, probe, probe)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise BackendUnavailable(
-            f"attention={name} cannot run on {device} in {str(dtype).removeprefix('torch.')}: {reason}; "
+            f"attention={name} cannot run on {device} in {str(dtype).removeprefix('torch.')}: {_reason(error)}; "
             "use attention=sdpa"
         ) from error
     return backend
@@ -106,15 +119,34 @@ def _xformers_attention(
 ) -> torch.Tensor:
     from xformers.ops import memory_efficient_attention
 
-    if is_causal or enable_gqa or dropout_p:
-        raise ConfigError("causal, grouped or dropped-out attention has no xformers form here; use attention=sdpa")
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    if is_causal or enable_gqa or dropout_p or query.ndim not in (3, 4):
+        raise ConfigError(
+            "causal, grouped or dropped-out attention, and any but (B, heads, N, d) and (B, N, d), has no form in "
+            "xformers here; use attention=sdpa"
+        )
+    bias = None if attn_mask is None else _bias(attn_mask, query, key)
+    headless = query.ndim == 3
+    if headless:
+        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
     # torch has (B, heads, N, d), xformers (B, N, heads, d).
     rows = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return memory_efficient_attention(*rows, attn_bias=attn_mask, scale=scale).transpose(1, 2)
+    out = memory_efficient_attention(*rows, attn_bias=bias, scale=scale).transpose(1, 2)
+    return out.squeeze(1) if headless else out
+
+
+def _bias(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Returns a mask of torch's, boolean or added, as xformers takes it: (B, heads, N, K)."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    # Its kernels load eight numbers at a time, so each row starts at a multiple of eight in memory.
+    length = key.shape[-2]
+    rows = mask.expand(*mask.shape[:-1], length).contiguous()
+    mask = torch.nn.functional.pad(rows, (0, -length % 8))[..., :length].expand(*query.shape[:-1], length)
+    return mask.unsqueeze(1) if query.ndim == 3 else mask
+
+
+def _reason(error: BaseException) -> str:
+    return textwrap.shorten(str(error), 300)
 
 
 def _need_xformers(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -293,10 +294,18 @@ class Backbone(ABC):
             "name": self.name,
             "network": type(self.network).__name__,
             "weights": self.weights_hash,
+            "config": self._config_hash(),
             "codec": self.codec.describe(),
             "schedule": self.schedule.describe(),
             "dtype": str(self.dtype).removeprefix("torch."),
         } | ({} if self.attention is None else {"attention": self.attention.name})
+
+    def _config_hash(self) -> str:
+        # What weights cannot tell: heads, attention order, preconditioning.
+        config = dict(getattr(self.network, "arguments", None) or getattr(self.network, "config", {}))
+        config["precond"] = getattr(self.network, "precond", None)
+        plain = {key: value for key, value in config.items() if not key.startswith("_")}
+        return hashlib.blake2b(json.dumps(plain, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
     @cached_property
     def weights_hash(self) -> str:

@@ -36,12 +36,17 @@ def read_tensors(file: Path) -> dict[str, Any]:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        pickled = file.suffix == ".pkl"
+        if asked is None and not pickled:
+            raise CheckpointError(f"{file} holds neither safetensors nor a pickle of tensors") from error
         raise CheckpointError(
             f"{file} is a pickle that holds code or objects{f' ({asked[1]})' if asked else ''}, which diffrep does "
-            f"not run; for a published EDM network use 'diffrep convert {file} OUT', else save its state dict"
+            f"not run; for a published EDM network use 'diffrep convert {file if pickled else 'NETWORK.pkl'} OUT', "
+            "else save its state dict with the program that wrote it"
         ) from error
     except Exception as error:  # safetensors and zip errors have no common base
-        raise CheckpointError(f"cannot read the weights in {file}: {error}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"cannot read the weights in {file}: {reason}") from error
 
 
 def read_state(file: Path) -> State:
@@ -73,8 +78,8 @@ def look_alike(keys: list[str]) -> str | None:
         "adm": "input_blocks.0.0.",
         "edm": "model.map_layer0.",
         "edm (without its wrapper)": "map_layer0.",
-        "a U-Net of diffusers": "down_blocks.",
-        "a transformer of diffusers": "transformer_blocks.",
+        "a U-Net of diffusers (unet2d or unet2d-condition)": "down_blocks.",
+        "a transformer of diffusers (transformer2d, pixart, sd3, flux, sana or diffusers-dit)": "transformer_blocks.",
         "an autoencoder": "encoder.",
     }
     return next((kind for kind, sign in signs.items() if any(name.startswith(sign) for name in names)), None)
@@ -108,8 +113,8 @@ def check_keys(
     ]
     if not problems:
         return
-    kind = look_alike(unexpected) if missing and unexpected else None
-    hint = f"; its keys look like {kind}, not {family}" if family and kind and family not in kind else ""
-    if resized and not missing and not unexpected:
-        hint = "; is this another variant than the config says?"
+    kind = look_alike(unexpected)
+    hint = "; is this another variant than the config says?" if resized else ""
+    if family and kind and family not in re.findall(r"[\w-]+", kind):
+        hint = f"; its keys look like {kind}, not {family}"
     raise CheckpointError(f"the weights in {where} do not fit the network: {'; '.join(problems)}{hint}")

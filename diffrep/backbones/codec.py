@@ -65,12 +65,21 @@ class Codec(ABC):
         """Returns (h, w) of the latents of images of (height, width) pixels.
 
         Measured on the meta device: encoders round sides that their stride does not divide up or down.
+
+        Raises:
+            ConfigError: This codec cannot encode such images.
         """
         if self.module() is None:
             return height // self.downscale, width // self.downscale
         images = torch.zeros(1, self.image_channels, height, width, device="meta")
         meta = self.with_module(to_meta(self.module()))
-        return tuple(meta.encode(images).mean.shape[-2:])
+        try:
+            return tuple(meta.encode(images).mean.shape[-2:])
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{type(self.module()).__name__} cannot encode images of {height}x{width} pixels ({error}); give sides that "
+                f"are divisible by {self.downscale}"
+            ) from error
 
     def with_module(self, module: nn.Module) -> Codec:
         """Returns this codec around another copy of its network, such as one on the meta device."""
@@ -114,7 +123,7 @@ class VAECodec(Codec):
     `force_upcast` (SDXL's overflows in half precision) runs in fp32.
 
     Raises:
-        ConfigError: The class gives neither a posterior nor latents.
+        ConfigError: The class is another, or its latents are standardised channel by channel.
     """
 
     def __init__(self, vae: nn.Module):
@@ -122,6 +131,10 @@ class VAECodec(Codec):
         if self.kind not in VAE_CLASSES:
             raise ConfigError(f"codec class {self.kind} is not supported; use {', '.join(VAE_CLASSES)}")
         config = vae.config
+        if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+            raise ConfigError(
+                "an autoencoder with latents_mean and latents_std is not supported; pass a Codec of your own"
+            )
         self.vae = vae.float() if config.get("force_upcast") and vae.dtype == torch.float16 else vae
         self.image_channels = config.in_channels
         self.latent_channels = config.latent_channels

@@ -69,16 +69,16 @@ class ClassLabels(Conditioner):
 
     def __call__(self, cond: Cond, batch: int, device: torch.device) -> Condition:
         """Returns `labels` (B,) int64; a single label serves the whole batch."""
-        cond = cond.get("labels") if isinstance(cond, Mapping) else cond
+        cond = _labels(cond)
         if cond is None:
             if self.null is None:
                 raise ConfigError(f"this network is class-conditional; give cond, labels from 0 to {self.rows - 1}")
             return {"labels": torch.full((1,), self.null, device=device)}
         labels = _tensor(cond, f"integer labels (B,) from 0 to {self.rows - 1}", device)
-        if labels.is_floating_point() or labels.ndim > 1:
+        if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim > 1:
             raise ConfigError(f"cond must be integer labels (B,), got {labels.dtype} {tuple(labels.shape)}")
         _check_labels(labels, self.rows)
-        return {"labels": _rows(labels.reshape(-1), batch)}
+        return {"labels": _rows(labels.reshape(-1).long(), batch)}
 
     def example(self) -> Condition:
         """Returns one label."""
@@ -97,12 +97,12 @@ class OneHotLabels(Conditioner):
 
     def __call__(self, cond: Cond, batch: int, device: torch.device) -> Condition:
         """Returns `labels` (B, classes); integer labels become one-hot rows."""
-        cond = cond.get("labels") if isinstance(cond, Mapping) else cond
+        cond = _labels(cond)
         if cond is None:
             return {"labels": torch.zeros(1, self.classes, device=device)}
         form = f"one-hot labels (B, {self.classes}) or integer labels (B,)"
         labels = _tensor(cond, form, device)
-        if not labels.is_floating_point() and labels.ndim <= 1:
+        if not labels.is_floating_point() and labels.dtype != torch.bool and labels.ndim <= 1:
             _check_labels(labels, self.classes)
             labels = torch.nn.functional.one_hot(labels.reshape(-1).long(), self.classes).float()
         labels = labels[None] if labels.ndim == 1 else labels
@@ -144,7 +144,7 @@ class PromptEmbeddings(Conditioner):
             raise ConfigError(f"this network is text-conditional and has no text encoder at hand; give cond, {self}")
         if cond is None or isinstance(cond, str):
             cond = [cond or ""]
-        if not isinstance(cond, (torch.Tensor, Mapping)) and len(cond) and all(isinstance(text, str) for text in cond):
+        if isinstance(cond, Sequence) and len(cond) and all(isinstance(text, str) for text in cond):
             if self.encoder is None:
                 raise ConfigError(f"prompts were given and there is no text encoder at hand; give {self}")
             cond = self.encoder(list(cond), device)
@@ -158,7 +158,11 @@ class PromptEmbeddings(Conditioner):
         missing = [name for name in self._required() if name not in cond]
         if missing:
             raise ConfigError(f"cond lacks {', '.join(missing)}; give {self}")
-        return {name: self._row(name, torch.as_tensor(cond[name], device=device), batch) for name in cond}
+        rows = {name: self._row(name, _tensor(cond[name], str(self), device), batch) for name in cond}
+        lengths = {name: row.shape[1] for name, row in rows.items() if self.shapes[name][:1] == (None,)}
+        if len(set(lengths.values())) > 1:
+            raise ConfigError(f"cond's tensors are of prompts of different lengths, {lengths}; give {self}")
+        return rows
 
     def __str__(self) -> str:
         parts = []
@@ -186,6 +190,16 @@ class PromptEmbeddings(Conditioner):
         if not fits:
             raise ConfigError(f"cond's {name} is {tuple(given.shape)}; give {self}")
         return _rows(rows, batch)
+
+
+def _labels(cond: Cond) -> Any:
+    """Returns the labels in a dict; anything else as it is."""
+    if not isinstance(cond, Mapping):
+        return cond
+    unknown = [name for name in cond if name != "labels"]
+    if unknown:
+        raise UnknownNameError("part of cond", unknown[0], ["labels"])
+    return cond.get("labels")
 
 
 def _tensor(cond: Any, form: str, device: torch.device) -> torch.Tensor:

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from diffrep.backbones import folders
+from diffrep.backbones.checkpoint import check_state
 from diffrep.backbones.dit_keys import config_for_diffusers, to_diffusers
 from diffrep.backbones.edm_pickle import read_edm_pickle
 from diffrep.backbones.official import DiTBackbone, EDMBackbone, OfficialBackbone
@@ -43,15 +45,16 @@ def convert(
         ConfigError: `out` holds something, or `source` does not say what it is.
     """
     source, out = Path(source), Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty; name a new folder")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ConfigError(f"{out} is {'a file' if out.is_file() else 'not empty'}; name a new folder")
     if source.suffix == ".pkl":
         if family not in (None, "edm"):
             raise ConfigError(f"{source}: pickles are read for family 'edm' only, got {family!r}")
         adapter: type[OfficialBackbone] = EDMBackbone
         state, found = read_edm_pickle(source)
-        network = adapter.build(found, state)
-        network.load_state_dict(adapter.tidy(state))
+        network, state = adapter.build(found, state), adapter.tidy(state)
+        check_state(source, network, state, "edm")
+        network.load_state_dict(state)
         given: Any = found
     else:
         network, adapter, given = open_backbone_network(source, family, config)
@@ -84,7 +87,7 @@ def save_diffusers_dit(network: nn.Module, folder: Path) -> None:
     missing, unexpected = model.load_state_dict(to_diffusers(network.state_dict()), strict=False)
     if missing or unexpected:
         raise CheckpointError(f"diffusers' DiT has other keys: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    model.to(next(network.parameters()).dtype).save_pretrained(folder / "transformer")
+    folders.cast(model, CPU, next(network.parameters()).dtype).save_pretrained(folder / "transformer")
     diffusers.DDPMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02).save_pretrained(
         folder / "scheduler"
     )

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diffrep.errors import ConfigError
+
 FREQUENCIES = 256
 
 
@@ -145,6 +147,9 @@ class DiT(nn.Module):
         z_dims: Widths of REPA's projections, one for each target encoder.
         projector_dim: Inner width of the projectors.
         encoder_depth: The projectors read the stream after this many blocks.
+
+    Raises:
+        ConfigError: The width is no multiple of the heads or of 4, or the projectors' depth is none of the blocks.
     """
 
     def __init__(
@@ -167,6 +172,10 @@ class DiT(nn.Module):
         encoder_depth: int = 8,
     ):
         super().__init__()
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ConfigError(f"hidden_size must be a multiple of num_heads, {num_heads}, and of 4, got {hidden_size}")
+        if z_dims and not 1 <= encoder_depth <= depth:
+            raise ConfigError(f"encoder_depth must lie between 1 and depth, {depth}, got {encoder_depth}")
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels

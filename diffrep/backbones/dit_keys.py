@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -51,12 +52,13 @@ def config_for_diffusers(arguments: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: The class has no form for these arguments.
     """
-    odd = {"qk_norm": False, "z_dims": (), "time_scale": 1.0, "mlp_ratio": 4.0, "drop_sigma": False}
-    for name, usual in odd.items():
-        if arguments.get(name, usual) not in (usual, list(usual) if isinstance(usual, tuple) else usual):
-            raise CheckpointError(
-                f"DiTTransformer2DModel has no {name}={arguments[name]!r}; only a DiT converts to it"
-            )
+    usual = {"qk_norm": False, "z_dims": [], "time_scale": 1.0, "mlp_ratio": 4.0, "drop_sigma": False}
+    given = arguments | {"z_dims": list(arguments["z_dims"])}
+    odd = [f"{name}={given[name]!r}" for name in usual if given[name] != usual[name]]
+    if not given["class_dropout_prob"] > 0:
+        odd.append(f"class_dropout_prob={given['class_dropout_prob']!r} (labels without a null row)")
+    if odd:
+        raise CheckpointError(f"DiTTransformer2DModel has no {', '.join(odd)}; only a usual DiT converts to it")
     channels = arguments["in_channels"]
     return {
         "sample_size": arguments["input_size"],
@@ -73,11 +75,14 @@ def config_for_diffusers(arguments: dict[str, Any]) -> dict[str, Any]:
 def from_diffusers(state: State, positions: torch.Tensor) -> State:
     """Renames a state dict of `DiTTransformer2DModel` to official keys.
 
+    Warns where the embedders differ between blocks, as they do after training with that class: block 0's are taken.
+
     Args:
         state: Its state dict.
         positions: The position table, which diffusers computes and does not store.
     """
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("transformer_blocks."))
+    _warn_of_embedders(state, depth)
     named = {"pos_embed": positions}
     for suffix in ("weight", "bias"):
         for official, theirs in WHOLE.items():
@@ -91,6 +96,22 @@ def from_diffusers(state: State, positions: torch.Tensor) -> State:
             parts = [state[f"transformer_blocks.{i}.{head}.{suffix}"] for head in HEADS]
             named[f"blocks.{i}.attn.qkv.{suffix}"] = torch.cat(parts)
     return named
+
+
+def _warn_of_embedders(state: State, depth: int) -> None:
+    names = [f"{theirs}.{suffix}" for theirs in EMBEDDERS.values() for suffix in ("weight", "bias")]
+    for name in names:
+        first = state.get(f"transformer_blocks.0.{name}")
+        if first is None or first.is_meta:
+            continue
+        for i in range(1, depth):
+            if not torch.equal(first, state[f"transformer_blocks.{i}.{name}"]):
+                warnings.warn(
+                    f"{name} of block {i} differs from that of block 0, which the official DiT uses in all; was this "
+                    "trained with diffusers' class? family='diffusers-dit' opens that class as it is",
+                    stacklevel=3,
+                )
+                return
 
 
 def to_diffusers(state: State) -> State:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from diffrep.backbones.checkpoint import check_keys, read_tensors
+from diffrep.backbones.checkpoint import check_keys, read_state
 from diffrep.backbones.codec import Codec, TAESDCodec, VAECodec
 from diffrep.backbones.taesd import find_taesd, taesd_from
 from diffrep.errors import CheckpointError, ConfigError, suggest
@@ -89,12 +89,18 @@ def load_model(place: Path, device: torch.device, dtype: torch.dtype, kind: str 
 def load_codec(place: Path, device: torch.device, dtype: torch.dtype) -> Codec:
     """Loads an autoencoder: a diffusers folder (or a pipeline with `vae/`), or a TAESD's pair of files.
 
+    Args:
+        place: The folder, or the encoder's file of a TAESD.
+        device: Where it goes; on the meta device no weights of diffusers' classes are read.
+        dtype: Element type of its weights.
+
     Raises:
         CheckpointError: The folder holds neither, or its weights do not fit.
+        ConfigError: The folder holds several TAESDs.
     """
-    pair = find_taesd(place) if place.is_dir() else None
+    pair = find_taesd(place)
     if pair is not None:
-        network = taesd_from(*(read_tensors(file) for file in pair))
+        network = taesd_from(*(read_state(file) for file in pair))
         return TAESDCodec(cast(network, device, dtype))
     if not (place / "config.json").is_file() and (place / "vae" / "config.json").is_file():
         place = place / "vae"

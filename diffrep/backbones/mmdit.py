@@ -238,6 +238,11 @@ class Sana(DiffusersTransformer):
     @staticmethod
     def conditioner_of(network: nn.Module, encoder: PromptEncoder | None = None) -> Conditioner:
         """Returns prompt embeddings with their mask."""
+        if network.config.guidance_embeds:
+            raise ConfigError(
+                "SanaTransformer2DModel with guidance_embeds (Sana-Sprint) is not supported; wrap it with "
+                "Backbone.from_module"
+            )
         shapes: dict[str, tuple[int | None, ...]] = {
             "prompt_embeds": (None, network.config.caption_channels),
             "prompt_attention_mask": (None,),

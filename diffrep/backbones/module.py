@@ -11,7 +11,7 @@ from torch import nn
 from diffrep.backbones.backbone import Backbone
 from diffrep.backbones.codec import Codec, IdentityCodec
 from diffrep.backbones.conditioning import Condition, Conditioner, Unconditional
-from diffrep.errors import ConfigError
+from diffrep.errors import UnknownNameError
 from diffrep.noise import Schedule
 
 
@@ -70,9 +70,10 @@ class ModuleBackbone(Backbone):
         self._in_channels, self._sample_size = in_channels, sample_size
         self._call, self._patch_size = call, patch_size
         self._blocks = [child for child, _ in module.named_children()] if blocks is None else list(blocks)
-        unknown = [block for block in self._blocks if block not in dict(module.named_modules())]
+        names = [path for path, _ in module.named_modules() if path]
+        unknown = [block for block in self._blocks if block not in names]
         if unknown:
-            raise ConfigError(f"blocks names {unknown[0]!r}, which {type(module).__name__} does not have")
+            raise UnknownNameError(f"block of {type(module).__name__}", unknown[0], names)
         codec = codec or IdentityCodec(in_channels)
         super().__init__(name or type(module).__name__, module, schedule, codec, conditioner or Unconditional())
 

@@ -262,22 +262,26 @@ def dit_arguments(config: Config, family: str, state: State | None = None) -> di
     Args:
         config: "S/2" to "XL/8", or a mapping with the published constructors' arguments, optionally with `variant`.
         family: "dit", "sit" or "repa".
-        state: Weights, which say what the config leaves open: input size, classes, learned sigma, projections.
+        state: Weights, which say what the config leaves open: input size, classes, learned sigma, REPA's projections.
+
+    Returns:
+        All arguments, the defaults too.
 
     Raises:
         UnknownNameError: There is no such variant.
         ConfigError: Keys are unknown.
     """
     given = {"variant": config} if isinstance(config, str) else dict(config)
-    known = [name for name in inspect.signature(DiT).parameters] + list(INERT)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(DiT).parameters.items()}
+    known = [*defaults, *INERT]
     problems = [f"unknown key {key!r}; {suggest(key, known)}" for key in given if key not in known]
     if problems:
         raise ConfigError("config of DiT: " + "; ".join(problems))
     arguments: dict[str, Any] = {"learn_sigma": family != "repa", "drop_sigma": family == "sit"}
     if "variant" in given:
         arguments |= _variant(given["variant"])
-    arguments |= _seen_in(state, arguments | given) if state else {}
-    return arguments | {key: value for key, value in given.items() if key not in INERT}
+    arguments |= _seen_in(state, family, arguments | given) if state else {}
+    return defaults | arguments | {key: value for key, value in given.items() if key not in INERT}
 
 
 def _variant(name: str) -> dict[str, Any]:
@@ -290,7 +294,7 @@ def _variant(name: str) -> dict[str, Any]:
     return sizes | {"encoder_depth": aligned}
 
 
-def _seen_in(state: State, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _seen_in(state: State, family: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Reads sizes off the weights; what cannot be read is left to the comparison of shapes."""
     seen: dict[str, Any] = {}
     patch, channels = arguments.get("patch_size", 2), arguments.get("in_channels")
@@ -306,7 +310,7 @@ def _seen_in(state: State, arguments: Mapping[str, Any]) -> dict[str, Any]:
         seen["learn_sigma"] = state["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels
     seen["qk_norm"] = any(".q_norm." in key for key in state)
     outs = sorted(key for key in state if re.fullmatch(r"projectors\.\d+\.4\.weight", key))
-    if outs:
+    if outs and family == "repa":  # elsewhere they are keys that do not belong
         seen["z_dims"] = tuple(state[key].shape[0] for key in outs)
         seen["projector_dim"] = state[outs[0]].shape[1]
     return seen
@@ -322,6 +326,9 @@ def _path(config: Config) -> str:
 
 
 def _remember(kind: type[nn.Module], arguments: dict[str, Any]) -> nn.Module:
-    network = kind(**arguments)
+    try:
+        network = kind(**arguments)
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        raise ConfigError(f"{kind.__name__} cannot be built from {arguments}: {error}") from error
     network.arguments = arguments  # for a second build, and for the config beside converted weights
     return network

@@ -184,6 +184,8 @@ def _from_path(
     home = folders.network_folder(place)
     own = folders.read_json(home / "config.json")
     if CONVERTED in own:
+        if family not in (None, own[CONVERTED]):
+            raise ConfigError(f"{source} holds a network of family {own[CONVERTED]!r}, not {family!r}; leave it out")
         return open_official(home / "model.safetensors", own[CONVERTED], own["config"], device, dtype)
     kind = folders.network_class(own, home)
     adapter = _adapter(kind, home)
@@ -213,21 +215,27 @@ def open_official(place: Path, family: str, config: Any, device: torch.device, d
 def open_backbone_network(
     source: Path, family: str | None, config: Any
 ) -> tuple[nn.Module, type[OfficialBackbone], Mapping[str, Any] | str]:
-    """Opens an official checkpoint, or a DiT folder of diffusers, on the CPU in the dtype of its file.
+    """Opens an official checkpoint, or a DiT folder of diffusers, on the CPU in fp32.
 
     Returns:
-        The network, its adapter, and the config that builds it again.
+        The network, its adapter, and the config that builds it again without a look at the weights.
 
     Raises:
         ConfigError: The source is of another kind.
     """
-    place = find(source, None, with_weights=True)
+    entry = registered().get(str(source))
+    place = find(weights_of(entry) if entry else source, None, with_weights=True)
     parts = _from_path(place, source, family, config, torch.device("cpu"), torch.float32)
     if not issubclass(parts.adapter, OfficialBackbone):
         raise ConfigError(f"{source} is a diffusers model already; official checkpoints and DiT can be converted")
     if place.is_dir() and CONVERTED in (own := folders.read_json(folders.network_folder(place) / "config.json")):
         return parts.network, parts.adapter, own["config"]
-    return parts.network, parts.adapter, parts.network.arguments if config is None else _config(config)
+    config = {} if config is None else _config(config)
+    if issubclass(parts.adapter, DiTBackbone):
+        # Sizes that were read off the weights are written down; what is no argument, such as path_type, stays.
+        given = {} if isinstance(config, str) else {key: config[key] for key in config if key != "variant"}
+        config = given | parts.network.arguments
+    return parts.network, parts.adapter, config
 
 
 def official_dit(network: nn.Module) -> nn.Module:
@@ -254,9 +262,12 @@ def _diffusers_file(file: Path, family: str, config: Any, device: torch.device, 
 
 def _config(config: Any) -> Any:
     """Returns a variant's name, or the arguments, read from a JSON file where a file is named."""
-    if isinstance(config, Mapping):
-        return dict(config)
-    return folders.read_json(Path(config)) if str(config).endswith(".json") else str(config)
+    named = config
+    if not isinstance(config, Mapping) and str(config).endswith(".json"):
+        config = folders.read_json(Path(config))
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"{named} must hold the constructor's arguments, a JSON object, got {config!r}")
+    return dict(config) if isinstance(config, Mapping) else str(config)
 
 
 def _adapter(kind: str, where: Any) -> type[Backbone]:
@@ -269,13 +280,12 @@ def _adapter(kind: str, where: Any) -> type[Backbone]:
 def _untrained(network: nn.Module, seed: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if hasattr(network, "arguments"):
-            fresh = type(network)(**network.arguments)
-            fresh.arguments = network.arguments
-            if hasattr(network, "precond"):
-                fresh.precond = network.precond
-        else:
-            fresh = type(network).from_config(network.config)
+        official = hasattr(network, "arguments")
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            fresh = type(network)(**network.arguments) if official else type(network).from_config(network.config)
+        for name in ("arguments", "precond"):
+            if hasattr(network, name):
+                setattr(fresh, name, getattr(network, name))
     return folders.cast(fresh, device, dtype)
 
 

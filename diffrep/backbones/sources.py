@@ -48,10 +48,12 @@ def weights_of(entry: dict[str, Any]) -> str:
     """
     if "hub" in entry:
         return entry["hub"]
-    arguments = f"family={entry['family']!r}, config={entry['config']!r}"
+    loading = f"load_backbone(FILE, family={entry['family']!r}, config={entry['config']!r})"
+    if "diffrep convert" in entry["weights"]:
+        loading = "load_backbone(FOLDER) of the folder it writes"
     raise ConfigError(
-        f"{entry['name']!r} ships as a config, enough for device='meta'; for its weights get {entry['weights']} and "
-        f"load_backbone(FILE, {arguments})"
+        f"{entry['name']!r} ships as a config, enough for device='meta'; for its weights get {entry['weights']}, and "
+        f"{loading}"
     )
 
 
@@ -60,7 +62,7 @@ def find(source: str | Path, revision: str | None, with_weights: bool) -> Path:
 
     Raises:
         UnknownNameError: It is neither a path nor a known name.
-        CheckpointError: The hub did not give it.
+        CheckpointError: It is a file's name and there is no such file, or the hub did not give it.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -68,7 +70,9 @@ def find(source: str | Path, revision: str | None, with_weights: bool) -> Path:
     name = str(source)
     if name in BUNDLED:
         return Path(str(resources.files("diffrep.backbones") / "bundled" / name))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.suffix in (".pt", ".pth", ".pkl", ".safetensors"):
+    if path.suffix in (".pt", ".pth", ".pkl", ".safetensors"):
+        raise CheckpointError(f"no such file: {path}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UnknownNameError(
             "backbone", name, list_backbones(), "No such path either; a hub id is written owner/name"
         )
@@ -88,4 +92,5 @@ def snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
             snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_DUPLICATES)
         )
     except Exception as error:  # network, permission and not-found errors of several libraries
-        raise CheckpointError(f"{name!r} is no local path, and the hub did not give it: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{name!r} is no local path, and the hub did not give it: {reason}") from error

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffrep.errors import CheckpointError
+from diffrep.errors import CheckpointError, ConfigError
 
 WIDTH = 64
 
@@ -83,13 +82,22 @@ class TAESD(nn.Module):
         return self.decoder(latents)
 
 
-def find_taesd(folder: Path) -> tuple[Path, Path] | None:
-    """Returns the files `NAME_encoder.*` and `NAME_decoder.*` of a folder, or None when it holds no such pair."""
-    for encoder in sorted([*folder.glob("*_encoder.pth"), *folder.glob("*_encoder.safetensors")]):
-        decoder = encoder.with_name(re.sub(r"_encoder\.", "_decoder.", encoder.name))
-        if decoder.is_file():
-            return encoder, decoder
-    return None
+def find_taesd(place: Path) -> tuple[Path, Path] | None:
+    """Returns the files `NAME_encoder.*` and `NAME_decoder.*` of a folder, or None when it holds no such pair.
+
+    Args:
+        place: The folder, or one of its encoders.
+
+    Raises:
+        ConfigError: The folder holds several pairs.
+    """
+    files = [*place.glob("*_encoder.pth"), *place.glob("*_encoder.safetensors")] if place.is_dir() else [place]
+    pairs = [(file, file.with_name(file.name.replace("_encoder.", "_decoder."))) for file in sorted(files)]
+    found = [(encoder, decoder) for encoder, decoder in pairs if decoder != encoder and decoder.is_file()]
+    if len(found) > 1:
+        names = ", ".join(encoder.name for encoder, _ in found)
+        raise ConfigError(f"{place} holds several autoencoders; name the encoder's file as codec: {names}")
+    return found[0] if found else None
 
 
 def taesd_from(encoder: dict[str, torch.Tensor], decoder: dict[str, torch.Tensor]) -> TAESD:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from diffrep.backbones import folders
 from diffrep.errors import BackendUnavailable, CheckpointError, ConfigError
 
 # What each pipeline's `encode_prompt` returns, without the negative prompt's part. None is not for the network.
@@ -20,6 +22,10 @@ OUTPUTS: dict[str, tuple[str | None, ...]] = {
     "PixArt": ("prompt_embeds", "prompt_attention_mask", None, None),
     "Sana": ("prompt_embeds", "prompt_attention_mask", None, None),
 }
+
+
+# Parts that may be null in the index: Stable Diffusion 3 without T5.
+WITHOUT = ("text_encoder_3", "tokenizer_3")
 
 
 class PromptEncoder:
@@ -50,6 +56,7 @@ class PromptEncoder:
         Raises:
             BackendUnavailable: transformers is not installed.
             CheckpointError: The text encoders cannot be loaded.
+            ConfigError: The folder has no text encoders.
         """
         if device.type == "meta":
             raise ConfigError("prompts cannot be encoded on the meta device")
@@ -67,7 +74,9 @@ class PromptEncoder:
     def _encode(self, prompt: str, device: torch.device) -> dict[str, torch.Tensor]:
         if self._pipeline is None:
             self._pipeline = _load(self.folder(), self.dtype)
-        self._pipeline.to(device)
+        for name, part in self._pipeline.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                part.to(device)
         encode = self._pipeline.encode_prompt
         wanted = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         known = inspect.signature(encode).parameters
@@ -85,14 +94,30 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         raise BackendUnavailable(
             "encoding prompts needs transformers: pip install 'diffrep[text]', or give cond as embeddings"
         ) from error
-    import json
-
     import diffusers
 
-    index = json.loads((folder / "model_index.json").read_text())
+    index = folders.read_json(folder / "model_index.json")
+    parts = {name: value[0] is not None for name, value in index.items() if isinstance(value, list)}
+    _check_text_parts(folder, parts)
     kept = ("text_encoder", "tokenizer", "scheduler")
-    absent = {name: None for name, value in index.items() if isinstance(value, list) and not name.startswith(kept)}
+    given: dict[str, Any] = {name: None for name in parts if not (parts[name] and name.startswith(kept))}
+    if parts.get("text_encoder_3") is False:
+        # Stable Diffusion 3 puts zeros in T5's place and asks the network's config how wide; no weights are read.
+        given["transformer"] = folders.load_model(folder / "transformer", torch.device("meta"), dtype)
+    if "safety_checker" in parts:
+        given["requires_safety_checker"] = False
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **absent)
-    except (OSError, ValueError, RuntimeError) as error:
+        return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, **given)
+    except (OSError, ValueError, RuntimeError, AttributeError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"cannot load the text encoders in {folder}: {error}") from error
+
+
+def _check_text_parts(folder: Path, parts: dict[str, bool]) -> None:
+    """Raises ConfigError for text encoders or tokenizers that the index or the folder lacks."""
+    needed = [name for name in parts if name.startswith(("text_encoder", "tokenizer")) and name not in WITHOUT]
+    absent = [name for name in needed if not parts[name] or not (folder / name).is_dir()]
+    if absent or not needed:
+        raise ConfigError(
+            f"prompts cannot be encoded: {folder} has no {', '.join(absent) or 'text_encoder'}; give cond as "
+            "embeddings, or a folder of the whole pipeline"
+        )

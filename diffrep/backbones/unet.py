@@ -107,11 +107,11 @@ class UNet2DCondition(UNet2D):
         config = network.config
         width = config.cross_attention_dim
         width = width if isinstance(width, int) else width[0]
-        other = config.class_embed_type or config.num_class_embeds or config.encoder_hid_dim_type
-        if other or config.addition_embed_type not in (None, "text_time"):
+        further = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "addition_embed_type")
+        other = [f"{name}={config[name]!r}" for name in further if config[name] not in (None, "text_time")]
+        if other:
             raise ConfigError(
-                f"UNet2DConditionModel with {other or config.addition_embed_type!r} conditions is not supported; wrap "
-                "it with Backbone.from_module"
+                f"UNet2DConditionModel with {', '.join(other)} is not supported; wrap it with Backbone.from_module"
             )
         if config.addition_embed_type is None:
             return PromptEmbeddings({"prompt_embeds": (None, width)}, encoder=encoder)
