@@ -378,6 +378,9 @@ def _fill(network: nn.Module) -> None:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         else:
             parameter.data += 0.1 * torch.randn_like(parameter)
+    for block in getattr(network, "transformer_blocks", ()):
+        if getattr(block.norm1, "emb", None) is not None:  # DiT in diffusers: one embedder, a copy in every block
+            block.norm1.emb.load_state_dict(network.transformer_blocks[0].norm1.emb.state_dict())
 
 
 def tiny_backbone(kind: str, folder: str | Path, **options: object) -> Backbone:

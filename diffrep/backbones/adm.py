@@ -21,9 +21,9 @@ from diffrep.backbones.adm_layers import (
     EmbedSequential,
     GroupNorm32,
     ResBlock,
-    timestep_embedding,
     zeroed,
 )
+from diffrep.backbones.timestep import timestep_embedding
 from diffrep.errors import ConfigError, UnknownNameError, suggest
 
 __all__ = ["ADM_VARIANTS", "ADMUNet", "adm_arguments", "adm_noise_schedule"]

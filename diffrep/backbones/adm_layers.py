@@ -6,9 +6,6 @@ grad, and fire their hooks twice.
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -166,17 +163,6 @@ class EmbedSequential(nn.Sequential):
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
-
-
-def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
-    """Returns [cos | sin] of times (B,) at frequencies 1e4^(-i / half), half = width // 2.
-
-    In fp32, (B, width); an odd width ends in a zero.
-    """
-    half = width // 2
-    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    angles = timesteps.float()[:, None] * torch.exp(-math.log(1e4) * steps / half)
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, width % 2))
 
 
 def zeroed(conv: nn.Module) -> nn.Module:

@@ -8,7 +8,8 @@ some classes only, and do nothing on the others without a word.
 from __future__ import annotations
 
 import textwrap
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class AttentionBackend(AbstractContextManager):
 
     def kernel(self) -> AbstractContextManager:
         """Returns what does the work, whose errors are its own."""
-        return _XformersMode() if self.name == "xformers" else sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+        return _XformersMode() if self.name == "xformers" else _flash()
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend | None:
@@ -100,11 +101,35 @@ class _Counter(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+@contextmanager
+def _flash() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), _FlashMode():
+        yield
+
+
+class _FlashMode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is scaled_dot_product_attention:
+            return _flash_attention(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
 class _XformersMode(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is scaled_dot_product_attention:
             return _xformers_attention(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
+
+
+def _flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any
+) -> torch.Tensor:
+    return scaled_dot_product_attention(*map(_rows, (query, key, value)), *args, **options)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    # The kernels read whole rows; networks that keep channels before places (EDM) hand over transposed ones.
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _xformers_attention(
@@ -129,7 +154,7 @@ def _xformers_attention(
     if headless:
         query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
     # torch has (B, heads, N, d), xformers (B, N, heads, d).
-    rows = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    rows = (_rows(tensor.transpose(1, 2)) for tensor in (query, key, value))
     out = memory_efficient_attention(*rows, attn_bias=bias, scale=scale).transpose(1, 2)
     return out.squeeze(1) if headless else out
 

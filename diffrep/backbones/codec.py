@@ -77,8 +77,8 @@ class Codec(ABC):
             return tuple(meta.encode(images).mean.shape[-2:])
         except RuntimeError as error:
             raise ConfigError(
-                f"{type(self.module()).__name__} cannot encode images of {height}x{width} pixels ({error}); give sides that "
-                f"are divisible by {self.downscale}"
+                f"{type(self.module()).__name__} cannot encode images of {height}x{width} pixels ({error}); give "
+                f"sides that are divisible by {self.downscale}"
             ) from error
 
     def with_module(self, module: nn.Module) -> Codec:

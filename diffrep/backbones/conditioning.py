@@ -35,6 +35,9 @@ class Conditioner(ABC):
     def example(self) -> Condition:
         """Returns a condition for a batch of one on the meta device."""
 
+    def release(self) -> None:  # noqa: B027 - most hold nothing
+        """Frees what is needed only for conditions not seen so far."""
+
 
 def select_rows(condition: Condition, index: Sequence[int]) -> Condition:
     """Returns the condition of chosen samples; a single row goes on serving all."""
@@ -177,6 +180,11 @@ class PromptEmbeddings(Conditioner):
             name: torch.zeros(1, *(self.length if size is None else size for size in self.shapes[name]), device="meta")
             for name in self._required()
         }
+
+    def release(self) -> None:
+        """Frees the text encoders; prompts that were encoded stay."""
+        if self.encoder is not None:
+            self.encoder.drop()
 
     def _required(self) -> list[str]:
         return [name for name in self.shapes if name not in self.optional]

@@ -6,15 +6,16 @@ DiT: Peebles and Xie (2023). SiT: Ma et al. (2024). REPA: Yu et al. (2025). The 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diffrep.backbones.timestep import timestep_embedding
 from diffrep.errors import ConfigError
 
+# Width of the time's sinusoids.
 FREQUENCIES = 256
 
 
@@ -39,7 +40,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, time: torch.Tensor) -> torch.Tensor:
         """Embeds times (B,) to (B, D)."""
-        return self.mlp(timestep_sinusoids(time).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(time, FREQUENCIES).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -252,14 +253,6 @@ class DiT(nn.Module):
         p = self.patch_size
         grid = patches.unflatten(1, (height // p, width // p)).unflatten(-1, (p, p, -1))
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height, width)
-
-
-def timestep_sinusoids(time: torch.Tensor) -> torch.Tensor:
-    """Returns [cos | sin] of times (B,) at 128 frequencies, (B, 256) in fp32."""
-    half = FREQUENCIES // 2
-    steps = torch.arange(half, dtype=torch.float32, device=time.device)
-    angles = time.float()[:, None] * torch.exp(-math.log(1e4) * steps / half)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def sincos_positions(width: int, rows: int, columns: int, base: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from typing import Any
 
 import torch
@@ -75,14 +74,15 @@ def config_for_diffusers(arguments: dict[str, Any]) -> dict[str, Any]:
 def from_diffusers(state: State, positions: torch.Tensor) -> State:
     """Renames a state dict of `DiTTransformer2DModel` to official keys.
 
-    Warns where the embedders differ between blocks, as they do after training with that class: block 0's are taken.
-
     Args:
         state: Its state dict.
         positions: The position table, which diffusers computes and does not store.
+
+    Raises:
+        CheckpointError: The embedders, which that class has in every block, are not all alike.
     """
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("transformer_blocks."))
-    _warn_of_embedders(state, depth)
+    _check_embedders(state, depth)
     named = {"pos_embed": positions}
     for suffix in ("weight", "bias"):
         for official, theirs in WHOLE.items():
@@ -98,7 +98,7 @@ def from_diffusers(state: State, positions: torch.Tensor) -> State:
     return named
 
 
-def _warn_of_embedders(state: State, depth: int) -> None:
+def _check_embedders(state: State, depth: int) -> None:
     names = [f"{theirs}.{suffix}" for theirs in EMBEDDERS.values() for suffix in ("weight", "bias")]
     for name in names:
         first = state.get(f"transformer_blocks.0.{name}")
@@ -106,12 +106,10 @@ def _warn_of_embedders(state: State, depth: int) -> None:
             continue
         for i in range(1, depth):
             if not torch.equal(first, state[f"transformer_blocks.{i}.{name}"]):
-                warnings.warn(
-                    f"{name} of block {i} differs from that of block 0, which the official DiT uses in all; was this "
-                    "trained with diffusers' class? family='diffusers-dit' opens that class as it is",
-                    stacklevel=3,
+                raise CheckpointError(
+                    f"{name} of block {i} differs from that of block 0, and the official DiT has one for all; weights "
+                    "trained with diffusers' class are opened as they are by family='diffusers-dit'"
                 )
-                return
 
 
 def to_diffusers(state: State) -> State:

@@ -182,8 +182,8 @@ class EDMBlock(nn.Module):
         Returns:
             Queries, keys and values, each (B, H * W, C) with the heads one after the other.
         """
-        q, k, v = qkv.reshape(len(qkv), qkv.shape[1] // 3, 3, -1).unbind(2)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        parts = qkv.reshape(len(qkv), qkv.shape[1] // 3, 3, -1).permute(2, 0, 3, 1)
+        return parts.contiguous().unbind(0)  # fused attention kernels want the channels to run fastest
 
     def _attend(self, x: Tensor) -> Tensor:
         parts = self.split_qkv(self.qkv(self.norm2(x)))

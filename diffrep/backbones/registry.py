@@ -298,7 +298,6 @@ def _channels(parts: _Parts) -> int:
 
 def _schedule(given: str | Path | None, parts: _Parts, place: Path | None, source: Any) -> Schedule:
     scale = getattr(parts.adapter, "flow_scale", 1.0)
-    scale *= getattr(getattr(parts.network, "config", None), "timestep_scale", 1.0)  # Sana-Sprint
     if given is not None:
         return folders.load_schedule(Path(given), scale)
     if parts.schedule is not None:

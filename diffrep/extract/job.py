@@ -57,7 +57,9 @@ class ExtractJob:
 
     @cached_property
     def _condition(self) -> Condition:
-        return self.backbone.condition(self.cond, 1)
+        condition = self.backbone.condition(self.cond, 1)
+        self.backbone.conditioner.release()  # one prompt serves the whole job
+        return condition
 
     @cached_property
     def _size(self) -> tuple[int, int]:
@@ -134,7 +136,9 @@ class ExtractJob:
         state.wait_for_everyone()
         mine = missing[state.process_index :: state.num_processes]
         done = len(self.images) - sum(len(unit.rows) for unit in missing)
-        bar = tqdm(total=len(self.images), initial=done, desc=dist.label("extract"), unit="image", main_process_only=True)
+        bar = tqdm(
+            total=len(self.images), initial=done, desc=dist.label("extract"), unit="image", main_process_only=True
+        )
         batches = self._batches(mine)
         for unit in mine:
             self._extract_unit(writer, unit, batches, bar, state.num_processes)

@@ -2,8 +2,9 @@
 
     python scripts/bench/codec.py --codec FOLDER --data FOLDER_OF_IMAGES [--size 256] [--limit 1000]
 
-Images are centre-cropped to a square, resized to --size, encoded to the mode of their posterior and decoded. PSNR is
-over all pixels and channels of an image in [0, 1]; the line gives its mean, least and greatest over the images.
+Images are centre-cropped to a square, resized to --size by Lanczos' filter (a softer one leaves less detail and gives
+more dB: bicubic 0.8, bilinear 2.2), encoded to the mode of their posterior and decoded. PSNR is over all pixels and
+channels of an image in [0, 1]; the line gives its mean, least and greatest over the images.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from diffrep.backbones.folders import load_codec
@@ -22,7 +24,7 @@ def centre_crop(file, size):
     """Returns the largest central square of an image at (3, size, size) in [0, 1]."""
     image = Image.open(file).convert("RGB")
     square = F.center_crop(image, min(image.size))
-    return F.to_tensor(F.resize(square, size, antialias=True))
+    return F.to_tensor(F.resize(square, size, interpolation=InterpolationMode.LANCZOS))
 
 
 def psnr(images, decoded):

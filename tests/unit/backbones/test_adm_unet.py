@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from diffrep.backbones.adm import ADM_VARIANTS, ADMUNet, adm_arguments, adm_noise_schedule
-from diffrep.backbones.adm_layers import AttentionBlock, timestep_embedding
+from diffrep.backbones.adm_layers import AttentionBlock
+from diffrep.backbones.timestep import timestep_embedding
 from diffrep.errors import ConfigError, UnknownNameError
 
 TINY = {

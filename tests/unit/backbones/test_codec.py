@@ -46,6 +46,7 @@ def save_taesd(folder, latent_channels=4, pooled=False, name="taesd", suffix=".p
 
 @pytest.fixture(scope="module")
 def sana(tmp_path_factory):
+    pytest.importorskip("transformers")
     return save_tiny_pipeline("sana", tmp_path_factory.mktemp("sana"))
 
 

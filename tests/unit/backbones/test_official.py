@@ -305,7 +305,7 @@ def test_a_folder_trained_with_diffusers_class_is_told(tmp_path):
     config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "sample_size": 8}
     DiTTransformer2DModel(**config).save_pretrained(tmp_path / "transformer")  # each block has embedders of its own
     DDPMScheduler().save_pretrained(tmp_path / "scheduler")
-    with pytest.warns(UserWarning, match="of block 1 differs from that of block 0.*family='diffusers-dit'"):
+    with pytest.raises(CheckpointError, match="of block 1 differs from that of block 0.*family='diffusers-dit'"):
         load_backbone(tmp_path, device="cpu")
     assert load_backbone(tmp_path, family="diffusers-dit", device="cpu").blocks()[0] == "transformer_blocks.0"
     with pytest.raises(ConfigError, match="which is not family 'sit'"):

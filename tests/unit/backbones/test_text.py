@@ -8,7 +8,6 @@ import sys
 import diffusers
 import pytest
 import torch
-import transformers
 
 from diffrep import FeatureRequest, load_backbone
 from diffrep.backbones.text import PromptEncoder
@@ -16,6 +15,7 @@ from diffrep.errors import BackendUnavailable, CheckpointError, ConfigError, Unk
 from diffrep.extract import extract
 from diffrep.testing import PIPELINES, save_tiny, save_tiny_pipeline
 
+transformers = pytest.importorskip("transformers")
 ENCODERS = (
     transformers.CLIPTextModel,
     transformers.CLIPTextModelWithProjection,
