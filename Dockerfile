@@ -18,7 +18,7 @@ WORKDIR /app
 # Dependencies first: a change of code does not install them again.
 COPY pyproject.toml README.md LICENSE ./
 COPY diffrep/_version.py diffrep/_version.py
-RUN touch diffrep/__init__.py && pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ".[datasets]" \
+RUN touch diffrep/__init__.py && pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ".[datasets,text]" \
     && pip uninstall --yes diffrep && rm -rf build diffrep *.egg-info
 COPY diffrep diffrep
 COPY configs configs
