@@ -16,7 +16,7 @@ from torch import nn
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.backbones.convert import save_official
-from diffrep.backbones.registry import OFFICIAL
+from diffrep.backbones.opening import OFFICIAL
 from diffrep.errors import BackendUnavailable, UnknownNameError
 
 _UNET = {

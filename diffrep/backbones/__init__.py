@@ -1,7 +1,8 @@
 """Frozen networks that can be read, and how to load them."""
 
-from diffrep.backbones.backbone import Backbone, Layer
+from diffrep.backbones.backbone import Backbone
 from diffrep.backbones.codec import Posterior
+from diffrep.backbones.layer import Layer
 from diffrep.backbones.registry import load_backbone
 from diffrep.backbones.sources import list_backbones
 

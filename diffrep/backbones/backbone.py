@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,8 @@ from diffrep.backbones.attention import AttentionBackend
 from diffrep.backbones.codec import Codec
 from diffrep.backbones.compiled import CompiledCapture
 from diffrep.backbones.conditioning import Cond, Condition, Conditioner
+from diffrep.backbones.fingerprint import hash_of_config, hash_of_weights
+from diffrep.backbones.layer import CONTAINERS, Layer
 from diffrep.backbones.spatial import is_spatial
 from diffrep.config import FeatureRequest
 from diffrep.errors import ConfigError, LayerError
@@ -28,29 +27,6 @@ from diffrep.taps import Address, Call, capture, dry_run, parse_address, site_of
 
 if TYPE_CHECKING:
     from diffrep.extract import Features
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One module whose output is a feature map, measured in a dry run.
-
-    Attributes:
-        name: Address of the output.
-        kind: Class of the module.
-        shape: (C, H, W) of its feature map at the network's native input size.
-        stride: Cells of the network's input per cell of the map, along one side.
-        depth: How many named modules it lies inside, lists not counted; 1 for a top-level block.
-        flops_share: FLOPs inside the module over those of the whole network.
-        flops_to_here: FLOPs until it has ended over those of the whole network: what an early exit costs.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, int, int]
-    stride: int
-    depth: int
-    flops_share: float
-    flops_to_here: float
 
 
 class Backbone(ABC):
@@ -120,13 +96,21 @@ class Backbone(ABC):
     def blocks(self) -> list[str]:
         """Returns the addresses of the top-level blocks, in execution order: the alias "blocks"."""
 
+    @property
+    def patch_size(self) -> int | None:
+        """Input cells per token, along one side; None for U-Nets."""
+        return None
+
     def grid(self, tokens: int, height: int, width: int) -> tuple[int, int] | None:
         """Returns the (h, w) grid of a token sequence for an input of (height, width), or None when it is not one.
 
-        Here, for U-Nets: the input halved, rounding up, as often as it takes.
+        That is the grid of patches, or for U-Nets the input halved, rounding up, as often as it takes.
         """
-        while height * width > tokens and height * width > 1:
-            height, width = math.ceil(height / 2), math.ceil(width / 2)
+        if self.patch_size is not None:
+            height, width = height // self.patch_size, width // self.patch_size
+        else:
+            while height * width > tokens and height * width > 1:
+                height, width = math.ceil(height / 2), math.ceil(width / 2)
         return (height, width) if height * width == tokens else None
 
     def alias(self, family: str, rest: str) -> str | None:
@@ -158,12 +142,12 @@ class Backbone(ABC):
     @property
     def device(self) -> torch.device:
         """Device of the network."""
-        return next(self.network.parameters()).device
+        return next((parameter.device for parameter in self.network.parameters()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """Element type of the network's weights."""
-        return next(self.network.parameters()).dtype
+        return next((parameter.dtype for parameter in self.network.parameters()), torch.float32)
 
     def layers(self) -> list[Layer]:
         """Returns every module that gives a feature map, in execution order, from a dry run on the meta device.
@@ -172,12 +156,14 @@ class Backbone(ABC):
         """
         calls, total = self._trace
         size = self.sample_size
+        lists = {path for path, module in self.network.named_modules() if isinstance(module, CONTAINERS)}
         found = []
         for call in calls:
             shape = None if call.shape is None else self._map_shape(call.shape, size, size)
             if shape is None or call.calls > 1 or not is_spatial(self.network, Address(call.module), len(call.shape)):
                 continue
-            depth = sum(not part.isdigit() for part in call.module.split("."))
+            parts = call.module.split(".")
+            depth = sum(".".join(parts[: end + 1]) not in lists for end in range(len(parts)))
             stride = round(size / shape[-1])
             share, here = call.flops / total, call.flops_to_here / total
             found.append(Layer(call.module, call.kind, shape, stride, depth, share, here))
@@ -294,28 +280,16 @@ class Backbone(ABC):
             "name": self.name,
             "network": type(self.network).__name__,
             "weights": self.weights_hash,
-            "config": self._config_hash(),
+            "config": hash_of_config(self.network),
             "codec": self.codec.describe(),
             "schedule": self.schedule.describe(),
             "dtype": str(self.dtype).removeprefix("torch."),
         } | ({} if self.attention is None else {"attention": self.attention.name})
 
-    def _config_hash(self) -> str:
-        # What weights cannot tell: heads, attention order, preconditioning.
-        config = dict(getattr(self.network, "arguments", None) or getattr(self.network, "config", {}))
-        config["precond"] = getattr(self.network, "precond", None)
-        plain = {key: value for key, value in config.items() if not key.startswith("_")}
-        return hashlib.blake2b(json.dumps(plain, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
-
     @cached_property
     def weights_hash(self) -> str:
         """Digest of all names and values of network and codec."""
-        digest = hashlib.blake2b(digest_size=8)
-        for module in (self.network, self.codec.module()):
-            for name, tensor in module.state_dict().items() if module is not None else ():
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return hash_of_weights(self.network, self.codec.module())
 
     def flops(
         self, addresses: dict[str, Address], height: int, width: int, condition: Condition | None = None
@@ -380,6 +354,7 @@ class Backbone(ABC):
     def _example(
         self, height: int, width: int, condition: Condition | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+        self._check_sides(height, width)
         x = torch.zeros(1, self.in_channels, height, width, device="meta", dtype=self.input_dtype)
         rows = {name: row[:1].to("meta") for name, row in (condition or self.conditioner.example()).items()}
         cond = {name: row.to(self.dtype) if row.is_floating_point() else row for name, row in rows.items()}
@@ -390,6 +365,7 @@ class Backbone(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor, Condition]:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ConfigError(f"x must be (B, {self.in_channels}, h, w), got {tuple(x.shape)}")
+        self._check_sides(*x.shape[-2:])
         time = torch.as_tensor(time, device=self.device)
         time = time.float() if time.is_floating_point() else time
         if time.ndim > 1 or (time.ndim == 1 and len(time) not in (1, len(x))):
@@ -397,6 +373,15 @@ class Backbone(ABC):
         rows = self.condition(cond, len(x))
         rows = {name: row.expand(len(x), *row.shape[1:]) for name, row in rows.items()}
         return x.to(self.device, self.input_dtype), time.reshape(-1).expand(len(x)), rows
+
+    def _check_sides(self, height: int, width: int) -> None:
+        # Without the check most transformers drop what is left over at the right and the bottom.
+        patch = self.patch_size or 1
+        if height % patch or width % patch:
+            raise ConfigError(
+                f"{self.name} takes inputs whose sides are multiples of its patch, {patch}, got {height} x {width}; "
+                f"sides of images are then multiples of {patch * self.codec.downscale} pixels, see data.size"
+            )
 
     def _map_shape(self, shape: tuple[int, ...], height: int, width: int) -> tuple[int, int, int] | None:
         if len(shape) == 4:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,10 +21,14 @@ State = dict[str, torch.Tensor]
 HOLDERS = ("ema", "model", "state_dict")
 
 
-def read_tensors(file: Path) -> dict[str, Any]:
+def read_tensors(file: Path, shapes_only: bool = False) -> dict[str, Any]:
     """Reads a file of tensors; pickles are read with `weights_only=True`, so no code in them runs.
 
     Besides tensors and plain values only `argparse.Namespace` is let in: the files of DiT, SiT and REPA hold one.
+
+    Args:
+        file: `.safetensors`, or a pickle of torch.
+        shapes_only: Map the file and read no values of it; safetensors come on the meta device.
 
     Raises:
         CheckpointError: The file is missing, damaged, or holds more than that.
@@ -31,9 +37,10 @@ def read_tensors(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"no such file: {file}")
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
+            return _shapes(file) if shapes_only else load_file(file)
+        mapped = shapes_only and zipfile.is_zipfile(file)  # torch's first format cannot be mapped
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         pickled = file.suffix == ".pkl"
@@ -49,13 +56,17 @@ def read_tensors(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read the weights in {file}: {reason}") from error
 
 
-def read_state(file: Path) -> State:
+def read_state(file: Path, shapes_only: bool = False) -> State:
     """Reads a state dict, bare or inside a training checkpoint {model, ema, opt, args}; the EMA is preferred.
+
+    Args:
+        file: As for `read_tensors`.
+        shapes_only: Return tensors on the meta device.
 
     Raises:
         CheckpointError: The file cannot be read or holds no state dict.
     """
-    found = read_tensors(file)
+    found = read_tensors(file, shapes_only)
     for holder in HOLDERS:
         if isinstance(found, dict) and isinstance(found.get(holder), dict):
             found = found[holder]
@@ -63,13 +74,12 @@ def read_state(file: Path) -> State:
     if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
         held = ", ".join(map(str, list(found)[:10])) if isinstance(found, dict) else type(found).__name__
         raise CheckpointError(f"{file} holds no state dict; it holds {held or 'nothing'}")
-    # Prefixes of DataParallel and torch.compile.
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in found.items()}
+    return {_bare(key): value.to("meta") if shapes_only else value for key, value in found.items()}
 
 
 def look_alike(keys: list[str]) -> str | None:
     """Returns what kind of network a state dict's keys look like, or None."""
-    names = [re.sub(r"^(module\.|_orig_mod\.)+", "", key) for key in keys]
+    names = [_bare(key) for key in keys]
     signs = {
         "a Stable Diffusion single-file checkpoint (convert it with diffusers)": "model.diffusion_model.",
         "repa": "projectors.",
@@ -115,6 +125,19 @@ def check_keys(
         return
     kind = look_alike(unexpected)
     hint = "; is this another variant than the config says?" if resized else ""
+    if resized and all(key.startswith("final_layer.linear.") for key in resized):
+        hint = "; REPA's last layer is half as wide as that of DiT and SiT: is the family right?"
     if family and kind and family not in re.findall(r"[\w-]+", kind):
         hint = f"; its keys look like {kind}, not {family}"
     raise CheckpointError(f"the weights in {where} do not fit the network: {'; '.join(problems)}{hint}")
+
+
+def _bare(key: str) -> str:
+    """Drops the prefixes of DataParallel and torch.compile."""
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+
+
+def _shapes(file: Path) -> State:
+    with safe_open(file, framework="pt") as content:
+        shapes = {key: content.get_slice(key).get_shape() for key in content.keys()}  # noqa: SIM118 - no dict
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}

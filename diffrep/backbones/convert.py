@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,8 @@ from diffrep.backbones.checkpoint import check_state
 from diffrep.backbones.dit_keys import config_for_diffusers, to_diffusers
 from diffrep.backbones.edm_pickle import read_edm_pickle
 from diffrep.backbones.official import DiTBackbone, EDMBackbone, OfficialBackbone
-from diffrep.backbones.registry import CONVERTED, OFFICIAL, open_backbone_network
+from diffrep.backbones.opening import CONVERTED, OFFICIAL, from_path, read_config
+from diffrep.backbones.sources import find, registered, weights_of
 from diffrep.errors import CheckpointError, ConfigError
 
 CPU = torch.device("cpu")
@@ -38,7 +40,8 @@ def convert(
         out: Folder to write; it must not exist or be empty.
         family: As for `load_backbone`.
         config: As for `load_backbone`.
-        to: "official" keeps the published keys; "diffusers" writes a DiT as a `DiTTransformer2DModel`.
+        to: "official" keeps the published keys; "diffusers" writes a DiT as a `DiTTransformer2DModel`. A folder's
+            `scheduler/` and `vae/` go with it.
 
     Raises:
         CheckpointError: The source cannot be read or has no such form.
@@ -57,13 +60,18 @@ def convert(
         network.load_state_dict(state)
         given: Any = found
     else:
-        network, adapter, given = open_backbone_network(source, family, config)
+        network, adapter, given = _open(source, family, config)
     if to == "diffusers":
         if adapter is not DiTBackbone:
             raise ConfigError(f"only DiT has a form in diffusers; {source} is family {_family(adapter)!r}")
         save_diffusers_dit(network, out)
     else:
         save_official(network, _family(adapter), given, out)
+    if source.is_dir():
+        for part in ("scheduler", "vae"):
+            place = folders.beside(source, part)
+            if place is not None:
+                shutil.copytree(place, out / part, dirs_exist_ok=True)
     return out
 
 
@@ -95,3 +103,29 @@ def save_diffusers_dit(network: nn.Module, folder: Path) -> None:
 
 def _family(adapter: type[OfficialBackbone]) -> str:
     return next(name for name, kind in OFFICIAL.items() if kind is adapter)
+
+
+def _open(
+    source: Path, family: str | None, config: Any
+) -> tuple[nn.Module, type[OfficialBackbone], Mapping[str, Any] | str]:
+    """Opens an official checkpoint, or a DiT folder of diffusers, on the CPU in fp32.
+
+    Returns:
+        The network, its adapter, and the config that builds it again without a look at the weights.
+
+    Raises:
+        ConfigError: The source is of another kind.
+    """
+    entry = registered().get(str(source))
+    place = find(weights_of(entry) if entry else source, None, with_weights=True)
+    parts = from_path(place, source, family, config, torch.device("cpu"), torch.float32)
+    if not issubclass(parts.adapter, OfficialBackbone):
+        raise ConfigError(f"{source} is a diffusers model already; official checkpoints and DiT can be converted")
+    if place.is_dir() and CONVERTED in (own := folders.read_json(folders.network_folder(place) / "config.json")):
+        return parts.network, parts.adapter, own["config"]
+    config = {} if config is None else read_config(config)
+    if issubclass(parts.adapter, DiTBackbone):
+        # Sizes that were read off the weights are written down; what is no argument, such as path_type, stays.
+        given = {} if isinstance(config, str) else {key: config[key] for key in config if key != "variant"}
+        config = given | parts.network.arguments
+    return parts.network, parts.adapter, config

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffrep.backbones.aliases import pick
 from diffrep.backbones.backbone import Backbone
-from diffrep.backbones.conditioning import ClassLabels, Condition, Conditioner, PromptEmbeddings, Unconditional
+from diffrep.backbones.conditioning import ClassLabels, Cond, Condition, Conditioner, PromptEmbeddings, Unconditional
 from diffrep.backbones.text import PromptEncoder
 from diffrep.errors import ConfigError
 
@@ -40,11 +40,6 @@ class DiffusersTransformer(Backbone):
         """Returns the transformer blocks."""
         return [f"transformer_blocks.{i}" for i in range(len(self.network.transformer_blocks))]
 
-    def grid(self, tokens: int, height: int, width: int) -> tuple[int, int] | None:
-        """Returns the patch grid."""
-        rows, columns = height // self.patch_size, width // self.patch_size
-        return (rows, columns) if rows * columns == tokens else None
-
     def alias(self, family: str, rest: str) -> str | None:
         """Knows repa.K."""
         return pick(self.blocks(), rest, first=1) if family == "repa" else None
@@ -68,6 +63,12 @@ class DiffusersDiT(DiffusersTransformer):
     def call(self, network: nn.Module, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Calls the network."""
         return network(x, timestep=time, class_labels=cond["labels"], return_dict=False)[0]
+
+    def denoise(self, x: torch.Tensor, time: float | torch.Tensor, cond: Cond = None) -> torch.Tensor:
+        """Returns the raw output for a square input: the class puts patches together as a square, whatever came in."""
+        if x.shape[-2] != x.shape[-1]:
+            raise ConfigError(f"DiTTransformer2DModel gives outputs of square inputs only, got {tuple(x.shape[-2:])}")
+        return super().denoise(x, time, cond)
 
 
 class Transformer2D(DiffusersTransformer):
@@ -206,8 +207,6 @@ class Flux(DiffusersTransformer):
     def call(self, network: nn.Module, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Packs, calls the network, and unpacks."""
         batch, channels, height, width = x.shape
-        if height % 2 or width % 2:
-            raise ConfigError(f"FLUX packs latents 2 x 2, so their sides must be even, got {height} x {width}")
         rows, columns = height // 2, width // 2
         tokens = x.view(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
         row, column = torch.meshgrid(

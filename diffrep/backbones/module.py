@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,18 @@ from torch import nn
 from diffrep.backbones.backbone import Backbone
 from diffrep.backbones.codec import Codec, IdentityCodec
 from diffrep.backbones.conditioning import Condition, Conditioner, Unconditional
-from diffrep.errors import UnknownNameError
+from diffrep.backbones.folders import load_codec
+from diffrep.backbones.layer import CONTAINERS
+from diffrep.errors import ConfigError, UnknownNameError
 from diffrep.noise import Schedule
+from diffrep.taps import Call
 
 
 class ModuleBackbone(Backbone):
     """A network that diffrep knows nothing of: `Backbone.from_module`.
+
+    Shapes and costs come from a dry run on the meta device, so its forward must put the tensors it makes on the device
+    of its input. `ExtractJob(config, backbone)` extracts a data set with it.
 
     Example:
         >>> import torch
@@ -41,11 +48,12 @@ class ModuleBackbone(Backbone):
         schedule: Its noise levels, such as `DiscreteSchedule.linear()`, `FlowSchedule()` or `SigmaSchedule()`.
         in_channels: Channels of its input.
         sample_size: Native side of its input.
-        codec: Images to network input; None for a network that takes pixels in [-1, 1].
+        codec: Images to network input: a `Codec`, or the folder of an autoencoder; None for a network that takes
+            pixels in [-1, 1].
         conditioner: What `cond` means; None for an unconditional network.
         call: How to call it, `call(network, x, time, cond)` with x (B, C, h, w), time (B,) in the schedule's native
             convention and cond a dict of tensors; None calls `network(x, time)`.
-        blocks: Addresses that "blocks" stands for; None takes the network's children.
+        blocks: Addresses that "blocks" stands for; None takes the network's children, and the members of lists.
         patch_size: Input cells per token along one side, for networks whose layers give tokens (B, N, C).
         name: Stored with the features.
 
@@ -60,7 +68,7 @@ class ModuleBackbone(Backbone):
         *,
         in_channels: int,
         sample_size: int,
-        codec: Codec | None = None,
+        codec: Codec | str | Path | None = None,
         conditioner: Conditioner | None = None,
         call: Callable[[nn.Module, torch.Tensor, torch.Tensor, Condition], Any] | None = None,
         blocks: Sequence[str] | None = None,
@@ -69,11 +77,14 @@ class ModuleBackbone(Backbone):
     ):
         self._in_channels, self._sample_size = in_channels, sample_size
         self._call, self._patch_size = call, patch_size
-        self._blocks = [child for child, _ in module.named_children()] if blocks is None else list(blocks)
+        self._blocks = _top_level(module) if blocks is None else list(blocks)
         names = [path for path, _ in module.named_modules() if path]
         unknown = [block for block in self._blocks if block not in names]
         if unknown:
             raise UnknownNameError(f"block of {type(module).__name__}", unknown[0], names)
+        if isinstance(codec, (str, Path)):
+            weight = next(module.parameters(), torch.empty(0))
+            codec = load_codec(Path(codec), weight.device, weight.dtype)
         codec = codec or IdentityCodec(in_channels)
         super().__init__(name or type(module).__name__, module, schedule, codec, conditioner or Unconditional())
 
@@ -91,15 +102,32 @@ class ModuleBackbone(Backbone):
         """Returns the blocks that were named, or the network's children."""
         return self._blocks
 
-    def grid(self, tokens: int, height: int, width: int) -> tuple[int, int] | None:
-        """Returns the patch grid, or the grid of a halved input where no patch size was given."""
-        if self._patch_size is None:
-            return super().grid(tokens, height, width)
-        rows, columns = height // self._patch_size, width // self._patch_size
-        return (rows, columns) if rows * columns == tokens else None
+    @property
+    def patch_size(self) -> int | None:
+        """The patch size that was given."""
+        return self._patch_size
 
     def call(self, network: nn.Module, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Calls the network as it was said to be called."""
         out = network(x, time) if self._call is None else self._call(network, x, time, cond)
         out = getattr(out, "sample", out)
         return out[0] if isinstance(out, tuple) else out
+
+    def _dry_run(self, height: int, width: int, condition: Condition | None = None) -> tuple[list[Call], int]:
+        try:
+            return super()._dry_run(height, width, condition)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+            raise ConfigError(
+                f"{self.name} does not run on the meta device, which shapes and costs come from ({error}); create "
+                "tensors inside forward with device=x.device, and read no values there"
+            ) from error
+
+
+def _top_level(module: nn.Module) -> list[str]:
+    names = []
+    for name, child in module.named_children():
+        inner = [f"{name}.{key}" for key, _ in child.named_children()]
+        names += inner if isinstance(child, CONTAINERS) else [name]
+    return names

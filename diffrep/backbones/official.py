@@ -94,10 +94,10 @@ class DiTBackbone(OfficialBackbone):
         """Returns the transformer blocks."""
         return [f"blocks.{i}" for i in range(len(self.network.blocks))]
 
-    def grid(self, tokens: int, height: int, width: int) -> tuple[int, int] | None:
-        """Returns the patch grid."""
-        rows, columns = height // self.network.patch_size, width // self.network.patch_size
-        return (rows, columns) if rows * columns == tokens else None
+    @property
+    def patch_size(self) -> int:
+        """Input cells per token, along one side."""
+        return self.network.patch_size
 
     def alias(self, family: str, rest: str) -> str | None:
         """Knows repa.K."""
@@ -105,9 +105,6 @@ class DiTBackbone(OfficialBackbone):
 
     def call(self, network: nn.Module, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> torch.Tensor:
         """Calls the network."""
-        patch = network.patch_size
-        if any(side % patch for side in x.shape[-2:]):
-            raise ConfigError(f"the input's sides must be multiples of the patch, {patch}, got {tuple(x.shape[-2:])}")
         return network(x, time, cond["labels"])
 
 
@@ -262,7 +259,8 @@ def dit_arguments(config: Config, family: str, state: State | None = None) -> di
     Args:
         config: "S/2" to "XL/8", or a mapping with the published constructors' arguments, optionally with `variant`.
         family: "dit", "sit" or "repa".
-        state: Weights, which say what the config leaves open: input size, classes, learned sigma, REPA's projections.
+        state: Weights, which say what the config leaves open: input size, classes, REPA's projections. Not whether
+            variances are learned: that is what tells REPA's files from those of DiT and SiT.
 
     Returns:
         All arguments, the defaults too.
@@ -306,8 +304,6 @@ def _seen_in(state: State, family: str, arguments: Mapping[str, Any]) -> dict[st
         rows = state["y_embedder.embedding_table.weight"].shape[0]
         dropped = arguments.get("class_dropout_prob", 0.1) > 0
         seen["num_classes"] = rows - dropped
-    if "final_layer.linear.weight" in state and channels:
-        seen["learn_sigma"] = state["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels
     seen["qk_norm"] = any(".q_norm." in key for key in state)
     outs = sorted(key for key in state if re.fullmatch(r"projectors\.\d+\.4\.weight", key))
     if outs and family == "repa":  # elsewhere they are keys that do not belong

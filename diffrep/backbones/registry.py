@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +13,15 @@ from torch import nn
 from diffrep.backbones import folders
 from diffrep.backbones.attention import choose_attention, count_attention
 from diffrep.backbones.backbone import Backbone
-from diffrep.backbones.checkpoint import check_state, read_state
-from diffrep.backbones.codec import Codec, IdentityCodec, VAECodec
+from diffrep.backbones.codec import Codec, IdentityCodec
 from diffrep.backbones.conditioning import Conditioner, PromptEmbeddings
-from diffrep.backbones.dit_keys import arguments_from_diffusers, from_diffusers
-from diffrep.backbones.mmdit import SD3, DiffusersDiT, DiffusersTransformer, Flux, PixArt, Sana, Transformer2D
-from diffrep.backbones.official import (
-    ADMBackbone,
-    DiTBackbone,
-    EDMBackbone,
-    OfficialBackbone,
-    REPABackbone,
-    SiTBackbone,
-)
+from diffrep.backbones.official import DiTBackbone
+from diffrep.backbones.opening import Parts, from_entry, from_path
 from diffrep.backbones.sources import HUB_TEXT, find, registered, snapshot, weights_of
 from diffrep.backbones.text import OUTPUTS, PromptEncoder
-from diffrep.backbones.unet import UNet2D, UNet2DCondition
 from diffrep.errors import BackendUnavailable, ConfigError, UnknownNameError
 from diffrep.noise import Schedule
 from diffrep.taps import to_meta
-
-OFFICIAL: dict[str, type[OfficialBackbone]] = {
-    "dit": DiTBackbone,
-    "sit": SiTBackbone,
-    "repa": REPABackbone,
-    "adm": ADMBackbone,
-    "edm": EDMBackbone,
-}
-DIFFUSERS: dict[str, type[UNet2D] | type[DiffusersTransformer]] = {
-    "unet2d": UNet2D,
-    "unet2d-condition": UNet2DCondition,
-    "transformer2d": Transformer2D,
-    "pixart": PixArt,
-    "sd3": SD3,
-    "flux": Flux,
-    "sana": Sana,
-    "diffusers-dit": DiffusersDiT,
-}
-FAMILIES = {**OFFICIAL, **DIFFUSERS}
-# What `diffrep convert` writes beside the weights of an official checkpoint.
-CONVERTED = "diffrep_family"
-
-
-@dataclass
-class _Parts:
-    """What a source gives before codec, schedule and conditioner are settled."""
-
-    network: nn.Module
-    adapter: type[Backbone]
-    schedule: Schedule | None = None
-    codec: Codec | None = None
-    pipeline: str | None = None
-    text_folder: Any = field(default=None)
 
 
 def load_backbone(
@@ -115,12 +72,16 @@ def load_backbone(
     device = _device(device)
     dtype = _dtype(dtype, device)
     kernel = choose_attention(attention, device, dtype)
-    entry = registered().get(str(source))
+    name = _name(source)
+    entry = None if Path(source).expanduser().exists() else registered().get(name)
+    if entry is not None and (family is not None or config is not None):
+        raise ConfigError(f"{name!r} is a registered backbone, which has its own family and config; leave them out")
     if entry is not None and device.type == "meta":
-        parts, place = _from_entry(entry, dtype), None
+        parts, place = from_entry(entry, dtype), None
     else:
-        place = find(weights_of(entry) if entry else source, revision, with_weights=device.type != "meta")
-        parts = _from_path(place, source, family, config, device, dtype)
+        source = weights_of(entry) if entry else source
+        place = find(source, revision, with_weights=device.type != "meta")
+        parts = from_path(place, source, family, config, device, dtype)
     if init_seed is not None:
         parts.network = _untrained(parts.network, init_seed, device, dtype)
     if isinstance(codec, (str, Path)):
@@ -134,7 +95,7 @@ def load_backbone(
         conditioner = parts.adapter.conditioner_of(parts.network)
         if isinstance(conditioner, PromptEmbeddings):
             conditioner = _with_encoder(conditioner, parts, place, source, revision, dtype)
-    backbone = parts.adapter(_name(source), parts.network, schedule, codec, conditioner)
+    backbone = parts.adapter(name, parts.network, schedule, codec, conditioner)
     backbone.compiler = "inductor" if compile else None
     backbone.attention = kernel
     if kernel is not None:
@@ -142,139 +103,6 @@ def load_backbone(
     if backbone.convolutional and (channels_last or (channels_last is None and device.type == "cuda")):
         backbone.network.to(memory_format=torch.channels_last)
     return backbone
-
-
-def _from_entry(entry: dict[str, Any], dtype: torch.dtype) -> _Parts:
-    """Builds a registered backbone on the meta device, from the configs that ship."""
-    meta = torch.device("meta")
-    with meta:
-        if "family" in entry:
-            adapter = OFFICIAL[entry["family"]]
-            network, schedule = adapter.build(entry["config"], None), adapter.schedule_of(entry["config"])
-        else:
-            kind = entry["network"]["_class_name"]
-            adapter = _adapter(kind, entry["name"])
-            network = folders.build(kind, entry["network"])
-            scale = getattr(adapter, "flow_scale", 1.0)
-            schedule = None
-    if schedule is None:  # outside the block: the schedule holds numbers
-        schedule = folders.schedule_from(entry["scheduler"], scale, entry["name"])
-    codec = None
-    if "vae" in entry:
-        with meta:
-            vae = folders.build(entry["vae"]["_class_name"], entry["vae"])
-        codec = VAECodec(folders.cast(vae, meta, dtype))
-    return _Parts(folders.cast(network, meta, dtype), adapter, schedule, codec)
-
-
-def _from_path(
-    place: Path, source: Any, family: str | None, config: Any, device: torch.device, dtype: torch.dtype
-) -> _Parts:
-    if family is not None and family not in FAMILIES:
-        raise UnknownNameError("family", family, FAMILIES)
-    if place.is_file():
-        if family is None or config is None:
-            raise ConfigError(f"{place} is a file of weights; give its family ({', '.join(FAMILIES)}) and config")
-        config = _config(config)
-        if family in OFFICIAL:
-            return open_official(place, family, config, device, dtype)
-        return _diffusers_file(place, family, config, device, dtype)
-    if config is not None:
-        raise ConfigError(f"{source}: config belongs to a file of weights; a folder names its own class")
-    home = folders.network_folder(place)
-    own = folders.read_json(home / "config.json")
-    if CONVERTED in own:
-        if family not in (None, own[CONVERTED]):
-            raise ConfigError(f"{source} holds a network of family {own[CONVERTED]!r}, not {family!r}; leave it out")
-        return open_official(home / "model.safetensors", own[CONVERTED], own["config"], device, dtype)
-    kind = folders.network_class(own, home)
-    adapter = _adapter(kind, home)
-    if kind == DiffusersDiT.diffusers_class and family != "diffusers-dit":
-        adapter, family = DiTBackbone, None if family == "dit" else family
-    if family is not None and FAMILIES[family] is not adapter:
-        raise ConfigError(f"{source} holds a {kind}, which is not family {family!r}; leave family out for folders")
-    network = folders.load_model(home, device, dtype, kind)
-    if adapter is DiTBackbone:
-        network = official_dit(network)
-    return _Parts(network, adapter, pipeline=_pipeline(place))
-
-
-def open_official(place: Path, family: str, config: Any, device: torch.device, dtype: torch.dtype) -> _Parts:
-    """Builds and fills a network of an official checkpoint."""
-    adapter = OFFICIAL[family]
-    reading = device.type != "meta"
-    state = adapter.tidy(read_state(place)) if reading else None
-    with torch.device("cpu" if reading else "meta"):
-        network = adapter.build(config, state)
-    if reading:
-        check_state(place, network, state, family)
-        network.load_state_dict(state)
-    return _Parts(folders.cast(network, device, dtype), adapter, adapter.schedule_of(config))
-
-
-def open_backbone_network(
-    source: Path, family: str | None, config: Any
-) -> tuple[nn.Module, type[OfficialBackbone], Mapping[str, Any] | str]:
-    """Opens an official checkpoint, or a DiT folder of diffusers, on the CPU in fp32.
-
-    Returns:
-        The network, its adapter, and the config that builds it again without a look at the weights.
-
-    Raises:
-        ConfigError: The source is of another kind.
-    """
-    entry = registered().get(str(source))
-    place = find(weights_of(entry) if entry else source, None, with_weights=True)
-    parts = _from_path(place, source, family, config, torch.device("cpu"), torch.float32)
-    if not issubclass(parts.adapter, OfficialBackbone):
-        raise ConfigError(f"{source} is a diffusers model already; official checkpoints and DiT can be converted")
-    if place.is_dir() and CONVERTED in (own := folders.read_json(folders.network_folder(place) / "config.json")):
-        return parts.network, parts.adapter, own["config"]
-    config = {} if config is None else _config(config)
-    if issubclass(parts.adapter, DiTBackbone):
-        # Sizes that were read off the weights are written down; what is no argument, such as path_type, stays.
-        given = {} if isinstance(config, str) else {key: config[key] for key in config if key != "variant"}
-        config = given | parts.network.arguments
-    return parts.network, parts.adapter, config
-
-
-def official_dit(network: nn.Module) -> nn.Module:
-    """Returns the official DiT with the weights of a `DiTTransformer2DModel`."""
-    arguments = arguments_from_diffusers(dict(network.config))
-    with network.device:
-        official = DiTBackbone.build(arguments, None)
-    official.load_state_dict(from_diffusers(network.state_dict(), official.pos_embed))
-    return official.to(network.dtype)
-
-
-def _diffusers_file(file: Path, family: str, config: Any, device: torch.device, dtype: torch.dtype) -> _Parts:
-    adapter = DIFFUSERS[family]
-    if isinstance(config, str):
-        raise ConfigError(f"family {family!r} has no variants by name, got {config!r}; give the class's arguments")
-    with torch.device(device if device.type == "meta" else "cpu"):
-        network = folders.build(adapter.diffusers_class, config)
-    if device.type != "meta":
-        state = read_state(file)
-        check_state(file, network, state, family)
-        network.load_state_dict(state)
-    return _Parts(folders.cast(network, device, dtype), adapter)
-
-
-def _config(config: Any) -> Any:
-    """Returns a variant's name, or the arguments, read from a JSON file where a file is named."""
-    named = config
-    if not isinstance(config, Mapping) and str(config).endswith(".json"):
-        config = folders.read_json(Path(config))
-        if not isinstance(config, Mapping):
-            raise ConfigError(f"{named} must hold the constructor's arguments, a JSON object, got {config!r}")
-    return dict(config) if isinstance(config, Mapping) else str(config)
-
-
-def _adapter(kind: str, where: Any) -> type[Backbone]:
-    adapters = {adapter.diffusers_class: adapter for adapter in DIFFUSERS.values()}
-    if kind not in adapters:
-        raise ConfigError(f"{where}: network class {kind!r} is not supported; supported: {', '.join(adapters)}")
-    return adapters[kind]
 
 
 def _untrained(network: nn.Module, seed: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -289,31 +117,31 @@ def _untrained(network: nn.Module, seed: int, device: torch.device, dtype: torch
     return folders.cast(fresh, device, dtype)
 
 
-def _channels(parts: _Parts) -> int:
+def _channels(parts: Parts) -> int:
     # The adapter says how many, and needs a codec to exist; its property reads the network only.
     blank = object.__new__(parts.adapter)
     blank.network = parts.network
     return blank.in_channels
 
 
-def _schedule(given: str | Path | None, parts: _Parts, place: Path | None, source: Any) -> Schedule:
+def _schedule(given: str | Path | None, parts: Parts, place: Path | None, source: Any) -> Schedule:
     scale = getattr(parts.adapter, "flow_scale", 1.0)
     if given is not None:
         return folders.load_schedule(Path(given), scale)
-    if parts.schedule is not None:
-        return parts.schedule
-    beside = folders.beside(place, "scheduler")
-    if beside is None and (place / "scheduler_config.json").is_file():
+    beside = folders.beside(place, "scheduler") if place is not None and place.is_dir() else None
+    if beside is None and place is not None and (place / "scheduler_config.json").is_file():
         beside = place  # unconditional pipelines keep it at the root
     if beside is not None:
         return folders.load_schedule(beside, scale)
+    if parts.schedule is not None:
+        return parts.schedule
     if parts.adapter is DiTBackbone:
         return DiTBackbone.schedule_of({})
     raise ConfigError(f"{source} has no scheduler/ beside the network; give schedule, a folder or a Schedule")
 
 
 def _with_encoder(
-    conditioner: PromptEmbeddings, parts: _Parts, place: Path | None, source: Any, revision: Any, dtype: torch.dtype
+    conditioner: PromptEmbeddings, parts: Parts, place: Path | None, source: Any, revision: Any, dtype: torch.dtype
 ) -> PromptEmbeddings:
     """Adds the pipeline's text encoders, which are loaded when the first prompt comes."""
     if parts.pipeline is None or not parts.pipeline.startswith(tuple(OUTPUTS)):
@@ -324,15 +152,6 @@ def _with_encoder(
         return place if local else snapshot(str(source), revision, HUB_TEXT)
 
     return replace(conditioner, encoder=PromptEncoder(parts.pipeline, folder, dtype))
-
-
-def _pipeline(place: Path) -> str | None:
-    """Returns the pipeline's class, where there are text encoders to go with it."""
-    index = place / "model_index.json"
-    if not index.is_file():
-        return None
-    parts = folders.read_json(index)
-    return parts.get("_class_name") if any(name.startswith("text_encoder") for name in parts) else None
 
 
 def _check_counts(backbone: Backbone, attention: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -39,12 +40,19 @@ def main(argv: list[str] | None = None) -> int:
         )
         module.add_arguments(verb)
         verb.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "words") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # config words behind an option, which argparse leaves over
+        arguments.words += rest
     try:
         return arguments.run(arguments) or 0
     except DiffrepError as error:
         print(f"diffrep {arguments.verb}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as under `| head`; Python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted; what was finished stays", file=sys.stderr)
         return 130

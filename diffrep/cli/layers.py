@@ -56,7 +56,9 @@ def summary(backbone: Backbone) -> str:
 
 def layer_table(backbone: Backbone, depth: int | None) -> str:
     """Returns the table of a backbone's layers down to a depth; None shows all."""
-    layers = [layer for layer in backbone.layers() if depth is None or layer.depth <= depth]
+    layers = backbone.layers()
+    top = min(layer.depth for layer in layers)
+    layers = [layer for layer in layers if depth is None or layer.depth < top + depth]
     width = max(len(layer.name) for layer in layers)
     kind = max(len(layer.kind) for layer in layers)
     lines = [f"{'name':{width}}  {'kind':{kind}}  {'shape':>14}  {'stride':>6}  {'FLOPs':>6}  {'to here':>7}"]

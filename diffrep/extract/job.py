@@ -86,7 +86,7 @@ class ExtractJob:
         plan, config = self.plan(), self.config
         count = max(1, config.batch_size // plan.forwards)
         images = torch.rand(count, self.backbone.image_channels, height, width)
-        self.extractor(images[:1], cond=self.cond)
+        self.extractor(images, cond=self.cond)  # first calls are slow, compiled ones by a minute
         began = time.perf_counter()
         self.extractor(images, cond=self.cond)
         units = list_units(self.images.splits, self.config.unit_size)
@@ -98,10 +98,10 @@ class ExtractJob:
         """Returns the store's meta.json."""
         plan, request = self.plan(), to_plain(self.config.request)
         described = self.backbone.describe()
-        if self.cond is not None:
-            rows = self._condition
+        rows = self._condition
+        if rows:
             values = b"".join(name.encode() + rows[name].float().cpu().numpy().tobytes() for name in sorted(rows))
-            described["cond"] = hashlib.sha256(values).hexdigest()[:16]
+            described["cond"] = {"given": self.config.cond, "digest": hashlib.sha256(values).hexdigest()[:16]}
         levels = [[str(spec), self.backbone.schedule.level(spec)] for spec in self.config.request.levels]
         transform = self.images.transform
         aliases = {"aliases": plan.aliases} if plan.aliases else {}

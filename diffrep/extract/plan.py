@@ -106,7 +106,7 @@ def make_plan(
     try:
         maps = backbone.shapes(addresses, *latent, tokens=request.tokens, condition=condition)
         flops, total = backbone.flops(addresses, *latent, condition)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         native = backbone.image_size
         raise ConfigError(
             f"{backbone.name} cannot run on images of {height}x{width} pixels ({error}); its native size is "

@@ -27,8 +27,8 @@ from diffrep.store.layout import (
 
 # Recorded, and warned about when they change; not part of what a store is.
 VERSIONS = "versions"
-# What a folder is called, and what a layer costs, do not change a feature.
-BESIDE_THE_POINT = r"backbone\.name|data\.path|layers\..*\.cost"
+# What a folder or a condition is called, and what a layer costs, do not change a feature.
+BESIDE_THE_POINT = r"backbone\.name|backbone\.cond\.given|data\.path|layers\..*\.cost"
 
 
 class StoreWriter:

@@ -18,7 +18,7 @@ import torch
 
 from diffrep.backbones.codec import IdentityCodec
 from diffrep.backbones.folders import cast
-from diffrep.backbones.registry import DIFFUSERS, OFFICIAL
+from diffrep.backbones.opening import DIFFUSERS, OFFICIAL
 from diffrep.noise import DiscreteSchedule, FlowSchedule
 
 _DIT = {"input_size": 32, "hidden_size": 384, "depth": 12, "num_heads": 6, "num_classes": 1000}

@@ -216,6 +216,13 @@ def test_one_clear_line_for_each_mistake(capsys, words, tmp_path, changes, text)
     assert "Traceback" not in done.err
 
 
+def test_words_behind_an_option(capsys, words, tmp_path):
+    done = call(capsys, "extract", "--dry-run", *words, f"out={tmp_path}", "--nproc", 1, "data.limit=2", check=0)
+    assert "images    " in done.out
+    with pytest.raises(SystemExit):
+        main(["extract", "--dry-runs"])
+
+
 @pytest.mark.mp
 def test_two_processes_train_the_same_network(unet_folder, image_folder, tmp_path):
     from safetensors.torch import load_file

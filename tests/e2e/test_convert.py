@@ -230,3 +230,14 @@ def test_damaged_files(capsys, dit, edm_pickle, tmp_path):
     save_file(state, short)
     assert "1 keys missing: pos_embed" in refused(capsys, short, out, *words)
     assert not out.exists()
+
+
+def test_a_dit_folder_keeps_its_schedule_and_autoencoder(capsys, tmp_path):
+    folder = save_tiny("dit", tmp_path / "dit")
+    call(capsys, "convert", folder, tmp_path / "official", check=0)
+    call(capsys, "convert", tmp_path / "official", tmp_path / "again", "--to", "diffusers", check=0)
+    nets = [load_backbone(place, device="cpu") for place in (folder, tmp_path / "official", tmp_path / "again")]
+    for net in nets[1:]:
+        assert net.schedule == nets[0].schedule
+        assert net.weights_hash == nets[0].weights_hash
+    assert call(capsys, "layers", tmp_path / "official", "--depth", 1, check=0).out.count("blocks.") == 3

@@ -285,3 +285,18 @@ def test_noise_is_unit_gaussian_and_fixed_for_ever():
 
 
 FIRST = [-0.8205346465110779, 0.3275553584098816, -0.33988434076309204, 0.28580135107040405]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "spec"),
+    [
+        (DiscreteSchedule.linear(), "clean@1000"),
+        (DiscreteSchedule.linear(), "clean@-2"),
+        (FlowSchedule(), "clean@261"),
+        (FlowSchedule(data_time=1), "clean@-1"),
+        (SigmaSchedule(), "clean@0"),
+    ],
+)
+def test_a_clean_image_at_a_time_that_the_network_does_not_know(schedule, spec):
+    with pytest.raises(ConfigError, match="this network's times lie between"):
+        schedule.level(spec)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffrep import load_backbone
-from diffrep.backbones.registry import OFFICIAL
+from diffrep.backbones.opening import OFFICIAL
 
 _DIT = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 10}
 CONFIGS = {

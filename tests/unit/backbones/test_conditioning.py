@@ -327,7 +327,7 @@ def test_flux_packs_as_its_pipeline_does(flux):
 def test_flux_takes_even_sides(flux):
     cond = {"prompt_embeds": rows(5, 12), "pooled_prompt_embeds": rows(10)}
     for sides in ((7, 8), (8, 7)):
-        with pytest.raises(ConfigError, match=f"sides must be even, got {sides[0]} x {sides[1]}"):
+        with pytest.raises(ConfigError, match=f"multiples of its patch, 2, got {sides[0]} x {sides[1]}"):
             flux.denoise(rows(1, 4, *sides), 0.5, cond)
 
 

@@ -6,25 +6,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffrep import FeatureRequest, load_backbone
+from diffrep.errors import ConfigError
 from diffrep.testing import KINDS, save_tiny
 
-LATENT = ("sit", "repa")  # official files come without an autoencoder
-MAPS = {"unet2d": "", "transformer2d": ""}
 
-
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[*KINDS, "diffusers-dit"])
 def name(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def folder(name, tmp_path_factory):
-    return save_tiny(name, tmp_path_factory.mktemp(name))
+    return save_tiny(name.removeprefix("diffusers-"), tmp_path_factory.mktemp(name))
 
 
 @pytest.fixture(scope="module")
-def net(folder):
-    return load_backbone(folder, device="cpu")
+def load(folder, name):
+    """Opens the folder; the class of DiT in diffusers is opened as it is on request only."""
+    family = name if name == "diffusers-dit" else None
+    return lambda **options: load_backbone(folder, family=family, device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def net(load):
+    return load()
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +128,22 @@ def test_inputs_that_are_neither_native_nor_square(net, prompt):
     for name, feature in found.items():
         assert feature.ndim == 4
         assert feature.shape[-2] * x.shape[-1] == feature.shape[-1] * x.shape[-2], name
-    assert net.denoise(x, time_of(net), prompt).shape[-2:] == x.shape[-2:]
+    if type(net).__name__ == "DiffusersDiT":  # puts patches together as a square; a capture ends before that
+        with pytest.raises(ConfigError, match="square inputs only"):
+            net.denoise(x, time_of(net), prompt)
+    else:
+        assert net.denoise(x, time_of(net), prompt).shape[-2:] == x.shape[-2:]
     shapes = net.shapes(net.addresses(["blocks"]), *x.shape[-2:])
     assert shapes == {name: tuple(feature.shape[1:]) for name, feature in found.items()}
+
+
+def test_sides_that_the_patch_does_not_divide(net, prompt):
+    if not net.patch_size or net.patch_size == 1:
+        pytest.skip("no patches")
+    with pytest.raises(ConfigError, match="sides are multiples of its patch, 2, got 9 x 8; .*pixels"):
+        net.capture(example(net, height=9, width=8), time_of(net), ["blocks"], cond=prompt)
+    with pytest.raises(ConfigError, match="multiples of its patch"):
+        net.flops(net.addresses(["blocks"]), 8, 9)
 
 
 def test_a_time_and_a_condition_for_each_row(net, prompt):
@@ -155,8 +173,8 @@ def test_extract_follows_the_schedule(net, prompt, name):
 
 
 @pytest.mark.compile
-def test_compiled_equals_eager(net, prompt, folder):
-    compiled = load_backbone(folder, device="cpu", compile=True)
+def test_compiled_equals_eager(net, prompt, load):
+    compiled = load(compile=True)
     assert compiled.compiler == "inductor"
     compiled.compiler = "aot_eager"  # the same graph without code generation, which takes 10 to 30 s a family
     x = example(net)
@@ -164,6 +182,20 @@ def test_compiled_equals_eager(net, prompt, folder):
     for names in ([middle], [late, middle], [middle]):
         got = compiled.capture(x, time_of(net), names, cond=prompt)
         torch.testing.assert_close(got, net.capture(x, time_of(net), names, cond=prompt), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("kind", "block"), [("unet2d", "mid_block"), ("flux", "transformer_blocks.1")])
+def test_generated_code_equals_eager(kind, block, tmp_path):
+    folder = save_tiny(kind, tmp_path)
+    net, compiled = (load_backbone(folder, device="cpu", compile=compile) for compile in (False, True))
+    x = torch.randn(2, net.in_channels, 16, 16)
+    rows = {key: torch.randn(2, *row.shape[1:]) for key, row in net.conditioner.example().items()}
+    time = net.schedule.level("sigma=0.7").time
+    for batch in (2, 1):
+        cond = {key: row[:batch] for key, row in rows.items()} or None
+        got = compiled.capture(x[:batch], time, [block], cond=cond)
+        torch.testing.assert_close(got, net.capture(x[:batch], time, [block], cond=cond), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.compile
@@ -177,8 +209,8 @@ def test_generated_code_equals_eager_for_many_sets_of_layers(tmp_path):
         torch.testing.assert_close(got, net.capture(x, 0.4, [name])[name], atol=1e-5, rtol=1e-4)
 
 
-def test_half_precision_is_near(net, prompt, folder):
-    half = load_backbone(folder, device="cpu", dtype="bfloat16")
+def test_half_precision_is_near(net, prompt, load):
+    half = load(dtype="bfloat16")
     block = net.blocks()[0]
     x = example(net)
     time = time_of(net)
@@ -190,8 +222,8 @@ def test_half_precision_is_near(net, prompt, folder):
     assert (near.float() - full).norm() < 0.05 * full.norm()
 
 
-def test_channels_last_changes_the_layout_only(net, prompt, folder):
-    other = load_backbone(folder, device="cpu", channels_last=True)
+def test_channels_last_changes_the_layout_only(net, prompt, load):
+    other = load(channels_last=True)
     block = net.blocks()[0]
     a, b = (n.capture(example(net), time_of(net), [block], cond=prompt)[block] for n in (net, other))
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

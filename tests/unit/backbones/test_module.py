@@ -14,6 +14,7 @@ from diffrep.backbones.codec import VAECodec
 from diffrep.backbones.conditioning import ClassLabels
 from diffrep.errors import ConfigError, LayerError, UnknownNameError
 from diffrep.noise import DiscreteSchedule, FlowSchedule, SigmaSchedule
+from diffrep.testing import save_tiny
 
 
 def images(channels=3, side=32, batch=2):
@@ -131,7 +132,7 @@ def test_blocks_that_do_not_exist():
 
 
 def test_blocks_are_the_children_unless_named():
-    assert wrap(Patches()).blocks() == ["embed", "blocks", "out"]
+    assert wrap(Patches()).blocks() == ["embed", "blocks.0", "blocks.1", "blocks.2", "out"]
     assert wrap(Patches(), blocks=("blocks.2",)).blocks() == ["blocks.2"]
 
 
@@ -204,3 +205,26 @@ def test_points_of_timms_vit(vit):
     assert net.capture(x, 0.0, ["blocks.1.attn:q"])["blocks.1.attn:q"].shape == (2, 16, 4, 4)
     features = net.extract(x, FeatureRequest("blocks.1.attn:k", ["clean"], pool="mean", noise="none"))
     assert features["blocks.1.attn:k", "clean"].shape == (2, 16)
+
+
+class Stubborn(nn.Module):
+    """Makes a tensor where its input is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, time):
+        return self.conv(x + torch.ones(1, device="cpu"))
+
+
+def test_a_forward_that_cannot_run_on_meta_is_explained():
+    net = Backbone.from_module(Stubborn(), FlowSchedule(), in_channels=3, sample_size=8)
+    with pytest.raises(ConfigError, match="does not run on the meta device.*device=x.device"):
+        net.layers()
+
+
+def test_a_codec_by_its_folder_and_a_network_without_parameters(tmp_path):
+    vae = save_tiny("dit", tmp_path) / "vae"
+    net = Backbone.from_module(nn.Identity(), FlowSchedule(), in_channels=4, sample_size=8, codec=vae)
+    assert (net.image_size, net.device.type, net.dtype) == (16, "cpu", torch.float32)

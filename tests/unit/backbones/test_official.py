@@ -14,6 +14,7 @@ from diffrep.backbones.convert import convert
 from diffrep.backbones.edm import PRECONDITIONINGS
 from diffrep.errors import CheckpointError, ConfigError, LayerError, UnknownNameError
 from diffrep.noise import DiscreteSchedule, FlowSchedule, SigmaSchedule
+from diffrep.testing import save_tiny, save_tiny_pipeline
 
 # The same ADM in the vocabulary of create_model_and_diffusion.
 ADM_FLAGS = {
@@ -126,8 +127,10 @@ def test_sizes_that_the_weights_say(configs, random_state, load, tmp_path):
     config = {"input_size": 64, "num_classes": 7, "in_channels": 3, "qk_norm": True, "learn_sigma": False}
     file = tmp_path / "large.safetensors"
     save_file(random_state("dit", configs["dit"] | config), file)
-    known = {"hidden_size": 16, "depth": 3, "num_heads": 2}
+    known = {"hidden_size": 16, "depth": 3, "num_heads": 2, "learn_sigma": False}
     net = load(file, "dit", known)
+    unread = load_backbone(file, family="dit", config=known, device="meta")
+    assert unread.layers() == net.layers()
     assert (net.sample_size, net.in_channels, net.conditioner.rows, net.conditioner.null) == (64, 3, 8, 7)
     assert net.denoise(inputs(net), 5).shape == (2, 3, 64, 64)
     assert {"blocks.0.attn.q_norm", "blocks.0.attn.k_norm"} <= {name for name, _ in net.network.named_modules()}
@@ -382,3 +385,41 @@ def test_round_trip_of_state_dicts_on_disk(configs, files, tmp_path):
     state, again = load_file(files["dit"]), load_file(back / "model.safetensors")
     assert state.keys() == again.keys()
     assert all(torch.equal(state[key], again[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    ("held", "family"), [("dit", "repa"), ("sit", "repa"), ("plain repa", "sit"), ("plain repa", "dit")]
+)
+def test_the_last_layer_tells_repa_from_the_others(configs, random_state, load, tmp_path, held, family):
+    plain = {
+        key: value for key, value in configs["repa"].items() if key not in ("z_dims", "projector_dim", "encoder_depth")
+    }
+    kind, config = ("repa", plain) if held == "plain repa" else (held, configs[held])
+    file = tmp_path / "weights.safetensors"
+    save_file(random_state(kind, config), file)
+    with pytest.raises(CheckpointError, match="last layer is half as wide as that of DiT and SiT"):
+        load(file, family, plain)
+
+
+def test_registered_names_reach_the_hub_by_their_id(tmp_path, monkeypatch):
+    """Weights, and at the first prompt the text encoders, of the repository and not of the name."""
+    folder, asked = save_tiny_pipeline("sd15", tmp_path / "snapshot"), []
+
+    def snapshot(name, **options):
+        asked.append((name, any("text_encoder" in pattern for pattern in options["allow_patterns"])))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    net = load_backbone("sd15", device="cpu")
+    net.extract(torch.rand(1, 3, 16, 16), FeatureRequest("mid_block", 5))
+    repository = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert asked == [(repository, False), (repository, True)]
+    assert net.name == "sd15"
+
+
+def test_a_folder_of_a_registered_name_comes_first(tmp_path, monkeypatch):
+    save_tiny("unet2d", tmp_path / "sd15")
+    monkeypatch.chdir(tmp_path)
+    assert load_backbone("sd15", device="meta").in_channels == 1
+    with pytest.raises(ConfigError, match="registered backbone, which has its own family and config"):
+        load_backbone("sdxl", family="sd3", device="meta")

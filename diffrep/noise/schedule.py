@@ -1,8 +1,4 @@
-"""Noise levels, schedules, the forward process, and noise that is a function of the sample.
-
-One coordinate for all schedules: sigma = noise / signal of the mixture x_t = signal * x_0 + noise * eps
-(log-SNR = -2 ln sigma). A schedule maps it to and from the time that its network takes.
-"""
+"""Schedules: from levels as users write them to the time that a network takes, and the mixture at it."""
 
 from __future__ import annotations
 
@@ -11,41 +7,18 @@ import hashlib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from diffrep.config import LevelSpec
-from diffrep.errors import ConfigError, UnknownNameError
+from diffrep.errors import ConfigError
+from diffrep.noise.level import Level
 
 FORMS = "write a native time such as 261, 'sigma=0.7', 'logsnr=1.2', 'step 4/18', 'clean' or 'clean@-1'"
 # Song et al. (2021), VP: beta(s) = 0.1 + 19.9 s; log signal = -(19.9 / 4) s^2 - (0.1 / 2) s.
 VP_BETA_MIN, VP_BETA_SLOPE = 0.1, 19.9
-
-
-@dataclass(frozen=True)
-class Level:
-    """One noise level of one schedule.
-
-    Attributes:
-        key: Canonical name, which says the native time: "t=261", "sigma=0.7", "clean", "clean@-1".
-        time: What is passed to the network.
-        signal: Coefficient of the clean sample.
-        noise: Coefficient of the noise.
-    """
-
-    key: str
-    time: int | float
-    signal: float
-    noise: float
-
-    @property
-    def sigma(self) -> float:
-        """Noise over signal; infinite for pure noise."""
-        return self.noise / self.signal if self.signal else math.inf
 
 
 class Schedule(ABC):
@@ -70,7 +43,10 @@ class Schedule(ABC):
         """
         text = str(spec).strip()
         if text == "clean" or text.startswith("clean@"):
-            time = _number(text[6:], text) if text != "clean" else self.clean_time
+            time = self.clean_time if text == "clean" else _number(text[6:], text)
+            low, high = self.time_range
+            if not low <= time <= high:
+                raise ConfigError(f"level {text!r}: this network's times lie between {low:g} and {high:g}")
             time = int(time) if time == int(time) and isinstance(self.clean_time, int) else time
             return Level("clean" if time == self.clean_time else f"clean@{_written(time)}", time, 1.0, 0.0)
         step = re.fullmatch(r"step\s+(\d+)\s*/\s*(\d+)", text)
@@ -93,6 +69,11 @@ class Schedule(ABC):
     @abstractmethod
     def clean_time(self) -> int | float:
         """Native time of the least noise."""
+
+    @property
+    @abstractmethod
+    def time_range(self) -> tuple[float, float]:
+        """Least and greatest native time that "clean@TIME" may name."""
 
     @abstractmethod
     def at(self, time: float) -> Level:
@@ -162,6 +143,11 @@ class DiscreteSchedule(Schedule):
         """0."""
         return 0
 
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """From -1, which Hyperfeatures calls its networks at, to the last timestep."""
+        return -1.0, len(self.alphas_cumprod) - 1.0
+
     def at(self, time: float) -> Level:
         """Returns the level of an integer timestep."""
         if time != int(time) or not 0 <= time < len(self.alphas_cumprod):
@@ -228,6 +214,11 @@ class FlowSchedule(Schedule):
     def clean_time(self) -> float:
         """The data end."""
         return float(self.data_time * self.scale)
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """Both ends."""
+        return 0.0, self.scale
 
     def at(self, time: float) -> Level:
         """Returns the level at a time between 0 and `scale`."""
@@ -297,6 +288,11 @@ class SigmaSchedule(Schedule):
         """The least noise."""
         return self.sigma_min
 
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """The levels of the network."""
+        return self.sigma_min, self.sigma_max
+
     def at(self, time: float) -> Level:
         """Returns the level of sigma."""
         if time <= 0:
@@ -318,75 +314,6 @@ class SigmaSchedule(Schedule):
     def describe(self) -> dict[str, Any]:
         """Returns the preconditioning and the range."""
         return {"kind": f"sigma-{self.kind}", "sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
-
-
-class LevelTable:
-    """The levels of a request, looked up in any way a user may write them.
-
-    Args:
-        levels: Each spec as requested, with the level it stands for.
-    """
-
-    def __init__(self, levels: Iterable[tuple[LevelSpec, Level]]):
-        self.levels: dict[str, Level] = {}
-        self._keys: dict[str, str] = {}
-        for spec, level in levels:
-            self.levels.setdefault(level.key, level)
-            for name in (level.key, level.key.removeprefix("t=").removeprefix("sigma="), str(spec).strip()):
-                self._keys[name] = level.key
-
-    def key(self, spec: LevelSpec) -> str:
-        """Returns the canonical key.
-
-        Raises:
-            UnknownNameError: The request had no such level.
-        """
-        spec = int(spec) if isinstance(spec, float) and spec.is_integer() else spec
-        try:
-            return self._keys[str(spec).strip()]
-        except KeyError:
-            raise UnknownNameError("level", str(spec), self.levels) from None
-
-
-def mix(clean: torch.Tensor, eps: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Forward process, one level a row.
-
-    Args:
-        clean: Clean samples (B, C, H, W).
-        eps: Unit Gaussian noise (B, C, H, W).
-        signal: Signal coefficients (B,).
-        noise: Noise coefficients (B,).
-
-    Returns:
-        signal * clean + noise * eps, (B, C, H, W) in the dtype of `clean`; the coefficients are applied in fp32.
-    """
-    shape = (-1, *[1] * (clean.ndim - 1))
-    return (signal.float().view(shape) * clean.float() + noise.float().view(shape) * eps.float()).to(clean.dtype)
-
-
-def sample_noise(
-    shape: tuple[int, ...], seed: int, sample_id: str, level: str, draw: int, purpose: str = "noise"
-) -> torch.Tensor:
-    """Draws unit Gaussian noise that depends on nothing but its arguments.
-
-    A 64-bit BLAKE2b digest keys numpy's counter-based Philox generator. torch's CPU generator is not used because it
-    keeps only the low 32 bits of its seed.
-
-    Args:
-        shape: Shape of the result.
-        seed: The request's seed.
-        sample_id: The sample's id.
-        level: Canonical key of the noise level.
-        draw: Index of the draw.
-        purpose: "noise" or "posterior": separate streams.
-
-    Returns:
-        fp32 CPU tensor of `shape`.
-    """
-    text = "\x1f".join((purpose, str(seed), sample_id, level, str(draw)))
-    key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    generator = np.random.Generator(np.random.Philox(key=key))
-    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
 def _sampler_times(sampler: Any, count: int) -> list[float]:
