@@ -151,6 +151,8 @@ class PromptEmbeddings(Conditioner):
             if self.encoder is None:
                 raise ConfigError(f"prompts were given and there is no text encoder at hand; give {self}")
             cond = self.encoder(list(cond), device)
+        if isinstance(cond, int):
+            raise ConfigError(f"cond is a label, {cond}, and this network takes prompts; give one, or {self}")
         if not isinstance(cond, Mapping):
             if self._required() != ["prompt_embeds"]:
                 raise ConfigError(f"this network needs several tensors; give cond as {self}")

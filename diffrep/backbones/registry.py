@@ -85,6 +85,8 @@ def load_backbone(
     if init_seed is not None:
         parts.network = _untrained(parts.network, init_seed, device, dtype)
     if isinstance(codec, (str, Path)):
+        if not Path(codec).expanduser().exists() and "/" not in str(codec):
+            raise ConfigError(f"no codec at {str(codec)!r}; give the folder of an autoencoder, or a hub id owner/name")
         codec = folders.load_codec(find(codec, None, with_weights=device.type != "meta"), device, dtype)
     elif codec is None and parts.codec is None and place is not None and folders.beside(place, "vae"):
         codec = folders.load_codec(folders.beside(place, "vae"), device, dtype)

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -264,3 +265,41 @@ def test_cuda_equals_cpu(kind, cond, tmp_path):
     ]
     for name, feature in results[0].items():
         torch.testing.assert_close(results[1][name].cpu(), feature, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("norm", "family", "extra"),
+    [
+        ("ada_norm_zero", "DiTBackbone", {"num_embeds_ada_norm": 10}),
+        (
+            "ada_norm_single",
+            "PixArt",
+            {"num_embeds_ada_norm": 1000, "cross_attention_dim": 24, "caption_channels": 12},
+        ),
+    ],
+)
+def test_folders_from_before_dit_and_pixart_had_classes(norm, family, extra, tmp_path):
+    """The published repositories of DiT and PixArt-alpha name Transformer2DModel."""
+    torch.manual_seed(0)
+    arguments = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 8} | extra
+    arguments |= {"num_layers": 2, "patch_size": 2, "sample_size": 8, "norm_type": norm, "attention_bias": True}
+    arguments |= {"activation_fn": "gelu-approximate", "norm_elementwise_affine": False}
+    old = diffusers.Transformer2DModel(**arguments).eval()
+    x, time = torch.randn(2, 4, 8, 8), torch.tensor([3, 500])
+    if family == "DiTBackbone":
+        for block in old.transformer_blocks:
+            block.norm1.emb.load_state_dict(old.transformer_blocks[0].norm1.emb.state_dict())
+        cond, given = [1, 2], {"class_labels": torch.tensor([1, 2])}
+    else:
+        cond = torch.randn(2, 5, 12)
+        given = {"encoder_hidden_states": cond, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    old.save_pretrained(tmp_path / "transformer")
+    diffusers.DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    net = load_backbone(tmp_path, device="cpu")
+    assert type(net).__name__ == family
+    if family == "DiTBackbone":  # opened as the official network, whose frequencies and epsilon the class has not
+        for block in old.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift, block.norm3.eps = 0, 1e-6
+    with torch.no_grad():
+        expected = old(x, timestep=time, return_dict=False, **given)[0]
+    torch.testing.assert_close(net.denoise(x, time, cond), expected, atol=1e-5, rtol=1e-5)

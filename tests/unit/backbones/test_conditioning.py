@@ -198,7 +198,7 @@ GOOD = {"prompt_embeds": rows(2, 5, 12), "pooled_prompt_embeds": rows(2, 10)}
         (PLAIN, None, "no text encoder at hand; give cond, prompt embeddings: prompt_embeds (B, T, 12)"),
         (PLAIN, "cat", "prompts were given and there is no text encoder at hand"),
         (PLAIN, ["cat", "dog"], "prompts were given and there is no text encoder at hand"),
-        (PLAIN, 3, "cond's prompt_embeds is (); give prompt embeddings"),
+        (PLAIN, 3, "cond is a label, 3, and this network takes prompts"),
         (PLAIN, [3, 4], "cond's prompt_embeds is (2,)"),
         (PLAIN, ["cat", 4], "cannot read cond"),
         (PLAIN, rows(5, 11), "cond's prompt_embeds is (5, 11); give prompt embeddings: prompt_embeds (B, T, 12)"),
