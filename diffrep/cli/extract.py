@@ -9,8 +9,12 @@ Examples:
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from diffrep.cli.words import add_config, add_nproc, read_config
+
+if TYPE_CHECKING:
+    from diffrep.config import ExtractConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from diffrep.extract.job import ExtractJob
 
     if arguments.nproc > 1 and not arguments.dry_run:
+        ExtractJob(on_meta(config)).plan()  # a mistake is told once, before there are N processes to tell it
         return dist.launch(arguments.nproc, ["extract", *arguments.words])
     job = ExtractJob(config)
     if arguments.dry_run:
@@ -39,3 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(store)
     dist.teardown()
     return 0
+
+
+def on_meta(config: ExtractConfig) -> ExtractConfig:
+    """Returns the config with a backbone that reads no weights, which is enough for a plan."""
+    light = config.backbone.model_copy(update={"device": "meta", "attention": "auto"})
+    return config.model_copy(update={"backbone": light})

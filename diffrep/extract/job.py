@@ -57,6 +57,8 @@ class ExtractJob:
 
     @cached_property
     def _condition(self) -> Condition:
+        if self.backbone.device.type == "meta":  # a plan alone is wanted, and no prompt can be encoded
+            return self.backbone.conditioner.example()
         condition = self.backbone.condition(self.cond, 1)
         self.backbone.conditioner.release()  # one prompt serves the whole job
         return condition
@@ -82,6 +84,8 @@ class ExtractJob:
 
     def expected_time(self) -> str:
         """Measures one batch on random images and returns the time that the missing part would take, in words."""
+        if self.backbone.device.type == "meta":
+            return "not measured: the backbone is on the meta device, without weights"
         height, width = self._size
         plan, config = self.plan(), self.config
         count = max(1, config.batch_size // plan.forwards)

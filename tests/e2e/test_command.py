@@ -216,6 +216,18 @@ def test_one_clear_line_for_each_mistake(capsys, words, tmp_path, changes, text)
     assert "Traceback" not in done.err
 
 
+def test_a_mistake_is_told_once_before_processes_start(capsys, words, tmp_path):
+    done = call(capsys, "extract", *words, f"out={tmp_path / 's'}", "request.layers=[mid]", "--nproc", 2, check=2)
+    assert "no layer 'mid'" in done.err and "torch.distributed" not in done.err
+
+
+def test_a_plan_without_weights_and_without_text_encoders(capsys, image_folder, tmp_path):
+    words = ["configs/extract/revelio-sd15.yaml", f"data={image_folder}", f"out={tmp_path}", "backbone.device=meta"]
+    done = call(capsys, "extract", *words, "--dry-run", check=0)
+    assert "4: mid_block, up_blocks.0, up_blocks.1, up_blocks.2" in done.out
+    assert "not measured" in done.out
+
+
 def test_words_behind_an_option(capsys, words, tmp_path):
     done = call(capsys, "extract", "--dry-run", *words, f"out={tmp_path}", "--nproc", 1, "data.limit=2", check=0)
     assert "images    " in done.out
