@@ -32,7 +32,7 @@ def expand(layer: str, backbone: Backbone) -> list[str]:
         return backbone.blocks()
     path, colon, point = layer.partition(":")
     family, dot, rest = path.partition(".")
-    if family not in ALIASES or not dot:
+    if family not in ALIASES or not dot or family in dict(backbone.network.named_children()):
         return [layer]
     address = backbone.alias(family, rest)
     if address is None:

@@ -33,5 +33,9 @@ class CompiledCapture:
 
     def __call__(self, *arguments: Any) -> dict[Address, torch.Tensor]:
         """Returns the features for x, time and condition, as `Backbone.call` takes them."""
+        x, time, cond = arguments
+        for rows in (x, time, *cond.values()):
+            if len(rows) > 1:  # the last batch of a unit is smaller, and would be compiled anew
+                torch._dynamo.maybe_mark_dynamic(rows, 0)
         with self.recorder:
             return self.function(*arguments)

@@ -185,6 +185,17 @@ def test_compiled_equals_eager(net, prompt, load):
 
 
 @pytest.mark.compile
+def test_smaller_batches_are_not_compiled_anew(tmp_path):
+    net = load_backbone(save_tiny("edm", tmp_path), device="cpu")
+    net.compiler = "aot_eager"
+    stats = torch._dynamo.utils.counters["stats"]
+    before = stats["unique_graphs"]
+    for batch in (8, 6, 3):
+        net.capture(torch.randn(batch, 3, 16, 16), 0.5, ["enc.8x8_down"])
+    assert stats["unique_graphs"] == before + 1
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize(("kind", "block"), [("unet2d", "mid_block"), ("flux", "transformer_blocks.1")])
 def test_generated_code_equals_eager(kind, block, tmp_path):
     folder = save_tiny(kind, tmp_path)

@@ -228,3 +228,16 @@ def test_a_codec_by_its_folder_and_a_network_without_parameters(tmp_path):
     vae = save_tiny("dit", tmp_path) / "vae"
     net = Backbone.from_module(nn.Identity(), FlowSchedule(), in_channels=4, sample_size=8, codec=vae)
     assert (net.image_size, net.device.type, net.dtype) == (16, "cpu", torch.float32)
+
+
+def test_a_module_that_is_called_as_an_alias_is_that_module():
+    network = nn.Module()
+    network.gd = nn.ModuleList([nn.Conv2d(3, 3, 1) for _ in range(2)])
+    net = Backbone.from_module(
+        network,
+        FlowSchedule(),
+        in_channels=3,
+        sample_size=8,
+        call=lambda network, x, time, cond: network.gd[1](network.gd[0](x)),
+    )
+    assert list(net.addresses(["gd.1"])) == ["gd.1"]
