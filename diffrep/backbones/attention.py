@@ -8,7 +8,7 @@ some classes only, and do nothing on the others without a word.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -53,7 +53,7 @@ class AttentionBackend(AbstractContextManager):
 
     def kernel(self) -> AbstractContextManager:
         """Returns what does the work, whose errors are its own."""
-        return _XformersMode() if self.name == "xformers" else _flash()
+        return _Replaced(_xformers_attention) if self.name == "xformers" else _flash()
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend | None:
@@ -75,7 +75,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Att
     try:
         with torch.no_grad(), backend.kernel():
             scaled_dot_product_attention(probe, probe, probe)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise BackendUnavailable(
             f"attention={name} cannot run on {device} in {str(dtype).removeprefix('torch.')}: {_reason(error)}; "
             "use attention=sdpa"
@@ -101,24 +101,22 @@ class _Counter(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+class _Replaced(TorchFunctionMode):
+    """Calls another function wherever softmax attention is called."""
+
+    def __init__(self, attention: Callable[..., torch.Tensor]):
+        super().__init__()
+        self.attention = attention
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        function = self.attention if function is scaled_dot_product_attention else function
+        return function(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _flash() -> Iterator[None]:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), _FlashMode():
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), _Replaced(_flash_attention):
         yield
-
-
-class _FlashMode(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is scaled_dot_product_attention:
-            return _flash_attention(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-
-class _XformersMode(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is scaled_dot_product_attention:
-            return _xformers_attention(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
 
 
 def _flash_attention(

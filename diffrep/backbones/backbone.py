@@ -14,7 +14,7 @@ from torch import nn
 
 from diffrep.backbones.aliases import expand
 from diffrep.backbones.attention import AttentionBackend
-from diffrep.backbones.codec import Codec
+from diffrep.backbones.codec import Codec, IdentityCodec
 from diffrep.backbones.compiled import CompiledCapture
 from diffrep.backbones.conditioning import Cond, Condition, Conditioner
 from diffrep.backbones.fingerprint import hash_of_config, hash_of_weights
@@ -39,7 +39,7 @@ class Backbone(ABC):
         name: What the user called it; stored with the features.
         network: The network.
         schedule: Its noise schedule.
-        codec: Images to network input.
+        codec: Images to network input; None when the network takes pixels in [-1, 1], or latents that are given.
         conditioner: What stands for the condition.
 
     Attributes:
@@ -51,11 +51,13 @@ class Backbone(ABC):
 
     convolutional = False
 
-    def __init__(self, name: str, network: nn.Module, schedule: Schedule, codec: Codec, conditioner: Conditioner):
+    def __init__(
+        self, name: str, network: nn.Module, schedule: Schedule, codec: Codec | None, conditioner: Conditioner
+    ):
         self.name = name
         self.network = network.requires_grad_(False).eval()
         self.schedule = schedule
-        self.codec = codec
+        self.codec = codec = codec or IdentityCodec(self.in_channels)
         self.conditioner = conditioner
         self.compiler: str | None = None
         self.attention: AttentionBackend | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffrep.backbones.backbone import Backbone
-from diffrep.backbones.codec import Codec, IdentityCodec
+from diffrep.backbones.codec import Codec
 from diffrep.backbones.conditioning import Condition, Conditioner, Unconditional
 from diffrep.backbones.folders import load_codec
 from diffrep.backbones.layer import CONTAINERS
@@ -85,7 +85,6 @@ class ModuleBackbone(Backbone):
         if isinstance(codec, (str, Path)):
             weight = next(module.parameters(), torch.empty(0))
             codec = load_codec(Path(codec), weight.device, weight.dtype)
-        codec = codec or IdentityCodec(in_channels)
         super().__init__(name or type(module).__name__, module, schedule, codec, conditioner or Unconditional())
 
     @property
@@ -116,7 +115,7 @@ class ModuleBackbone(Backbone):
     def _dry_run(self, height: int, width: int, condition: Condition | None = None) -> tuple[list[Call], int]:
         try:
             return super()._dry_run(height, width, condition)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             if "meta" not in str(error):
                 raise
             raise ConfigError(

@@ -56,7 +56,7 @@ class OfficialBackbone(Backbone):
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 # Arguments of the published constructors that change no number of a frozen network.
-INERT = ("path_type", "fused_attn", "use_cfg", "decoder_hidden_size", "prediction", "variant")
+INERT = ("path_type", "fused_attn", "use_cfg", "decoder_hidden_size", "prediction")
 
 
 class DiTBackbone(OfficialBackbone):
@@ -149,12 +149,12 @@ class ADMBackbone(OfficialBackbone):
     @classmethod
     def build(cls, config: Config, state: State | None) -> ADMUNet:
         """Builds from a variant's name, such as "256-uncond", or either published vocabulary of arguments."""
-        return _remember(ADMUNet, adm_arguments(config if isinstance(config, str) else dict(config)))
+        return _remember(ADMUNet, adm_arguments(config))
 
     @classmethod
     def schedule_of(cls, config: Config) -> Schedule:
         """Returns linear betas, or the cosine schedule where the config says so."""
-        kind = adm_noise_schedule(config if isinstance(config, str) else dict(config))
+        kind = adm_noise_schedule(config)
         return DiscreteSchedule.cosine() if kind == "cosine" else DiscreteSchedule.linear()
 
     @staticmethod
@@ -165,12 +165,12 @@ class ADMBackbone(OfficialBackbone):
     @property
     def in_channels(self) -> int:
         """Channels of the network's input."""
-        return self.network.arguments["in_channels"]
+        return self.network.in_channels
 
     @property
     def sample_size(self) -> int:
         """Native side of the network's input."""
-        return self.network.arguments["image_size"]
+        return self.network.image_size
 
     def blocks(self) -> list[str]:
         """Returns input blocks, the middle block and output blocks."""
@@ -221,18 +221,17 @@ class EDMBackbone(OfficialBackbone):
     @staticmethod
     def conditioner_of(network: nn.Module) -> Conditioner:
         """Returns one-hot labels or nothing."""
-        classes = network.arguments.get("label_dim", 0)
-        return OneHotLabels(classes) if classes else Unconditional()
+        return OneHotLabels(network.label_dim) if network.label_dim else Unconditional()
 
     @property
     def in_channels(self) -> int:
         """Channels of the network's input."""
-        return self.network.arguments["in_channels"]
+        return self.network.in_channels
 
     @property
     def sample_size(self) -> int:
         """Native side of the network's input."""
-        return self.network.arguments["img_resolution"]
+        return self.network.img_resolution
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -271,7 +270,7 @@ def dit_arguments(config: Config, family: str, state: State | None = None) -> di
     """
     given = {"variant": config} if isinstance(config, str) else dict(config)
     defaults = {name: parameter.default for name, parameter in inspect.signature(DiT).parameters.items()}
-    known = [*defaults, *INERT]
+    known = [*defaults, *INERT, "variant"]
     problems = [f"unknown key {key!r}; {suggest(key, known)}" for key in given if key not in known]
     if problems:
         raise ConfigError("config of DiT: " + "; ".join(problems))
@@ -279,7 +278,7 @@ def dit_arguments(config: Config, family: str, state: State | None = None) -> di
     if "variant" in given:
         arguments |= _variant(given["variant"])
     arguments |= _seen_in(state, family, arguments | given) if state else {}
-    return defaults | arguments | {key: value for key, value in given.items() if key not in INERT}
+    return defaults | arguments | {key: value for key, value in given.items() if key in defaults}
 
 
 def _variant(name: str) -> dict[str, Any]:

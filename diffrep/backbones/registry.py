@@ -13,7 +13,7 @@ from torch import nn
 from diffrep.backbones import folders
 from diffrep.backbones.attention import choose_attention, count_attention
 from diffrep.backbones.backbone import Backbone
-from diffrep.backbones.codec import Codec, IdentityCodec
+from diffrep.backbones.codec import Codec
 from diffrep.backbones.conditioning import Conditioner, PromptEmbeddings
 from diffrep.backbones.official import DiTBackbone
 from diffrep.backbones.opening import Parts, from_entry, from_path
@@ -90,14 +90,13 @@ def load_backbone(
         codec = folders.load_codec(find(codec, None, with_weights=device.type != "meta"), device, dtype)
     elif codec is None and parts.codec is None and place is not None and folders.beside(place, "vae"):
         codec = folders.load_codec(folders.beside(place, "vae"), device, dtype)
-    codec = codec or parts.codec or IdentityCodec(_channels(parts))
     if not isinstance(schedule, Schedule):
         schedule = _schedule(schedule, parts, place, source)
     if conditioner is None:
         conditioner = parts.adapter.conditioner_of(parts.network)
         if isinstance(conditioner, PromptEmbeddings):
             conditioner = _with_encoder(conditioner, parts, place, source, revision, dtype)
-    backbone = parts.adapter(name, parts.network, schedule, codec, conditioner)
+    backbone = parts.adapter(name, parts.network, schedule, codec or parts.codec, conditioner)
     backbone.compiler = "inductor" if compile else None
     backbone.attention = kernel
     if kernel is not None:
@@ -117,13 +116,6 @@ def _untrained(network: nn.Module, seed: int, device: torch.device, dtype: torch
             if hasattr(network, name):
                 setattr(fresh, name, getattr(network, name))
     return folders.cast(fresh, device, dtype)
-
-
-def _channels(parts: Parts) -> int:
-    # The adapter says how many, and needs a codec to exist; its property reads the network only.
-    blank = object.__new__(parts.adapter)
-    blank.network = parts.network
-    return blank.in_channels
 
 
 def _schedule(given: str | Path | None, parts: Parts, place: Path | None, source: Any) -> Schedule:

@@ -10,13 +10,11 @@ it out.
 """
 
 import argparse
-import statistics
-import time
 
 import diffusers
 import torch
+from timing import median_times
 
-from diffrep.backbones.codec import IdentityCodec
 from diffrep.backbones.folders import cast
 from diffrep.backbones.opening import DIFFUSERS, OFFICIAL
 from diffrep.noise import DiscreteSchedule, FlowSchedule
@@ -89,26 +87,8 @@ def open_network(family, device, dtype):
         network = getattr(diffusers, adapter.diffusers_class)(**NETWORKS[family])
         scale = getattr(adapter, "flow_scale", 1.0)
         schedule = FlowSchedule(scale=scale) if family in ("sd3", "flux", "sana") else DiscreteSchedule.linear()
-    channels = network.config.in_channels // (4 if family == "flux" else 1) if family in DIFFUSERS else None
-    codec = IdentityCodec(channels or NETWORKS[family].get("img_channels") or NETWORKS[family].get("in_channels", 4))
     network = cast(network, device, dtype)
-    return adapter(family, network, schedule, codec, adapter.conditioner_of(network))
-
-
-def median_times(rounds, calls):
-    """Runs the calls in turn `rounds` times after a warm-up and returns each one's median seconds."""
-    seconds = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return adapter(family, network, schedule, None, adapter.conditioner_of(network))
 
 
 def measure(family, options, device):

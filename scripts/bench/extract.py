@@ -9,11 +9,10 @@ counts too.
 """
 
 import argparse
-import statistics
 import tempfile
-import time
 
 import torch
+from timing import median_times
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,19 +50,6 @@ def bare_loop(backbone, inputs, layer, cond):
     """The truncated network on ready inputs: no encoding, noise, pooling or copies. The floor of any extraction."""
     for x, t in inputs:
         backbone.capture(x, t, [layer], cond)
-
-
-def median_times(rounds, **calls):
-    """Runs the calls in turn `rounds` times after a warm-up and returns each one's median seconds."""
-    seconds = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def ready_inputs(backbone, images, ids, times, draws):
@@ -126,12 +112,12 @@ def main():
             torch.testing.assert_close(found[key], expected, atol=1e-4, rtol=1e-4)
         inputs = ready_inputs(backbone, images, ids, times, draws)
         deepest = max(layers, key=blocks.index)
-        seconds = median_times(
-            options.rounds,
-            ours=lambda e=extractor: e(images, ids, cond),
-            bare=lambda i=inputs, d=deepest: bare_loop(backbone, i, d, cond),
-            usual=lambda a=(layers, times, draws): usual_script(backbone, images, ids, *a, cond),
-        )
+        calls = {
+            "ours": lambda e=extractor: e(images, ids, cond),
+            "bare": lambda i=inputs, d=deepest: bare_loop(backbone, i, d, cond),
+            "usual": lambda a=(layers, times, draws): usual_script(backbone, images, ids, *a, cond),
+        }
+        seconds = median_times(options.rounds, calls)
         flops = counter.get_total_flops() / least
         print(
             f"{name:32} {flops:14.3f} {seconds['ours'] / seconds['bare']:17.3f} "

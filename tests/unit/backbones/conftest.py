@@ -6,35 +6,9 @@ from safetensors.torch import save_file
 
 from diffrep import load_backbone
 from diffrep.backbones.opening import OFFICIAL
+from diffrep.testing import TINY_OFFICIAL
 
-_DIT = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 10}
-CONFIGS = {
-    "dit": _DIT,
-    "sit": _DIT,
-    "repa": _DIT | {"z_dims": [6, 5], "projector_dim": 8, "encoder_depth": 2},
-    "adm": {
-        "image_size": 16,
-        "in_channels": 3,
-        "model_channels": 32,
-        "out_channels": 6,
-        "num_res_blocks": 1,
-        "attention_resolutions": [2],
-        "channel_mult": [1, 2],
-        "num_head_channels": 16,
-        "use_scale_shift_norm": True,
-        "resblock_updown": True,
-    },
-    "edm": {
-        "model_type": "SongUNet",
-        "img_resolution": 16,
-        "img_channels": 3,
-        "label_dim": 10,
-        "model_channels": 16,
-        "channel_mult": [1, 2],
-        "num_blocks": 1,
-        "attn_resolutions": [8],
-    },
-}
+CONFIGS = TINY_OFFICIAL | {"dit": TINY_OFFICIAL["sit"], "repa": TINY_OFFICIAL["repa"] | {"z_dims": [6, 5]}}
 
 
 @pytest.fixture(scope="session")

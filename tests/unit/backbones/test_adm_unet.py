@@ -7,19 +7,9 @@ from diffrep.backbones.adm import ADM_VARIANTS, ADMUNet, adm_arguments, adm_nois
 from diffrep.backbones.adm_layers import AttentionBlock
 from diffrep.backbones.timestep import timestep_embedding
 from diffrep.errors import ConfigError, UnknownNameError
+from diffrep.testing import TINY_OFFICIAL
 
-TINY = {
-    "image_size": 16,
-    "in_channels": 3,
-    "model_channels": 32,
-    "out_channels": 6,
-    "num_res_blocks": 1,
-    "attention_resolutions": [2],
-    "channel_mult": [1, 2],
-    "num_head_channels": 16,
-    "use_scale_shift_norm": True,
-    "resblock_updown": True,
-}
+TINY = TINY_OFFICIAL["adm"]
 
 
 def redraw(module):

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
 from diffrep.errors import LayerError
@@ -87,51 +86,17 @@ def test_dry_run_has_execution_order_flops_and_calls(chain):
     assert chain.first.weight.device.type == "cpu"
 
 
-def test_flux_and_sd3_blocks_give_the_image_stream():
-    flux = FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=10,
-        axes_dims_rope=(2, 2, 4),
-    ).eval()
-    inputs = {
-        "hidden_states": torch.randn(1, 16, 4),
-        "encoder_hidden_states": torch.randn(1, 5, 12),
-        "pooled_projections": torch.randn(1, 10),
-        "timestep": torch.tensor([0.5]),
-        "img_ids": torch.zeros(16, 3),
-        "txt_ids": torch.zeros(5, 3),
-    }
-    names = [Address("transformer_blocks.0"), Address("single_transformer_blocks.0")]
-    found = capture(flux, names, lambda: flux(**inputs))
-    assert [tuple(found[name].shape) for name in names] == [(1, 16, 16), (1, 16, 16)]
-
-    sd3 = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=16,
-        pooled_projection_dim=10,
-        out_channels=4,
-        pos_embed_max_size=8,
-    ).eval()
-    inputs = {
-        "hidden_states": torch.randn(1, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(1, 5, 12),
-        "pooled_projections": torch.randn(1, 10),
-        "timestep": torch.tensor([500]),
-    }
-    names = [Address("transformer_blocks.0"), Address("transformer_blocks.1")]
-    found = capture(sd3, names, lambda: sd3(**inputs))
-    assert [tuple(found[name].shape) for name in names] == [(1, 16, 16), (1, 16, 16)]
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("flux", ["transformer_blocks.0", "single_transformer_blocks.0"]),
+        ("sd3", ["transformer_blocks.0", "transformer_blocks.1"]),
+    ],
+)
+def test_blocks_of_two_streams_give_the_image(tiny, family, names):
+    net = tiny(family)
+    found = capture(net.network, [Address(name) for name in names], net)
+    assert [tuple(feature.shape) for feature in found.values()] == [(2, 16, 16), (2, 16, 16)]
 
 
 def test_an_unknown_tuple_is_refused(chain):
