@@ -1,19 +1,10 @@
 """Schemas and their loader. No torch in here: the command answers `--help` and config errors without it."""
 
 from diffrep.config.loader import digest, load_config, to_plain, to_yaml, validate
+from diffrep.config.probe import AttentionConfig, ProbeConfig
 from diffrep.config.results import read_results, write_results
-from diffrep.config.schema import (
-    AttentionConfig,
-    BackboneConfig,
-    DataConfig,
-    ExtractConfig,
-    FeatureRequest,
-    LevelSpec,
-    ModelConfig,
-    ProbeConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from diffrep.config.schema import BackboneConfig, DataConfig, ExtractConfig, FeatureRequest, LevelSpec
+from diffrep.config.train import ModelConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
     "AttentionConfig",

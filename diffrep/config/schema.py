@@ -11,7 +11,8 @@ from pydantic.dataclasses import dataclass
 LevelSpec = int | float | str
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
+    """Takes one value for a list of one."""
     return (value,) if isinstance(value, (str, int, float)) else value
 
 
@@ -58,8 +59,8 @@ class FeatureRequest:
         pydantic.ValidationError: For a value outside the ranges above.
     """
 
-    layers: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
-    levels: Annotated[tuple[LevelSpec, ...], BeforeValidator(_listed), Field(min_length=1)]
+    layers: Annotated[tuple[str, ...], BeforeValidator(listed), Field(min_length=1)]
+    levels: Annotated[tuple[LevelSpec, ...], BeforeValidator(listed), Field(min_length=1)]
     draws: PositiveInt = 1
     pool: Literal["none", "mean"] | PositiveInt = "none"
     noise: Literal["gaussian", "none"] = "gaussian"
@@ -110,7 +111,7 @@ class DataConfig(Section):
     path: PathText
     kind: Literal["auto", "folder", "torchvision", "hf", "npz"] = "auto"
     name: str | None = None
-    splits: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
+    splits: Annotated[tuple[str, ...] | None, BeforeValidator(listed)] = None
     limit: PositiveInt | dict[str, PositiveInt] | None = None
     size: PositiveInt | None = None
     fit: Literal["resize", "crop", "pad"] = "resize"
@@ -150,153 +151,3 @@ class ExtractConfig(Section):
     unit_size: PositiveInt = 1000
     workers: Annotated[int, Field(ge=0)] = 0
     on_error: Literal["stop", "skip"] = "stop"
-
-
-class AttentionConfig(Section):
-    """The attention-pooled head on stored maps; see `diffrep.heads.AttentionPool`.
-
-    Attributes:
-        store: Store with the maps, of the same samples; None takes the store that is probed.
-        layer: Address to train on; None takes the best linear one.
-        level: Level to train on; None takes the best linear one.
-        width: Token width inside the head.
-        depth: Transformer blocks.
-        heads: Attention heads of each block.
-        dropout: Dropout on tokens and in the blocks.
-        epochs: Passes over the training split.
-        batch_size: Samples of one step.
-        lr: Peak learning rate of AdamW, after a linear warm-up, cosine to zero.
-        weight_decay: Decoupled weight decay.
-        flip: Mirror maps at random; only sound when mirrored images keep their label.
-    """
-
-    store: PathText | None = None
-    layer: str | None = None
-    level: LevelSpec | None = None
-    width: PositiveInt = 128
-    depth: PositiveInt = 2
-    heads: PositiveInt = 4
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    epochs: PositiveInt = 20
-    batch_size: PositiveInt = 128
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    flip: bool = False
-
-
-class ProbeConfig(Section):
-    """Arguments of `diffrep probe`; a bare string is the `store`.
-
-    Attributes:
-        store: Feature store to judge.
-        out: Run folder; None writes to `<store>/probe`.
-        train_split: Split that heads are fitted and chosen on.
-        test_split: Split that is scored once, with the chosen settings; None holds out `test_fraction` instead.
-        test_fraction: Share of `train_split` held out, stratified, when there is no test split.
-        val_fraction: Share of the training samples used to choose strengths, k, layer and level; stratified.
-        strengths: L2 penalties of the logistic regression, as a multiple of the mean cross-entropy's scale.
-        neighbours: Candidate k of the kNN classifier.
-        temperature: Temperature of the kNN votes, exp(cosine / temperature); 0.07 in DINOv2.
-        max_iter: Most L-BFGS iterations of one fit.
-        finalists: The best cells on validation, this many, are judged again by cross-validation over training and
-            validation samples together before one is chosen; 1 takes the best on validation as it is.
-        folds: Folds of that cross-validation.
-        attention: Also train an attention-pooled head, on maps; None trains none.
-        seed: Seeds the validation split, the bootstrap and the trained head.
-    """
-
-    main_field: ClassVar[str] = "store"
-
-    store: PathText
-    out: PathText | None = None
-    train_split: str = "train"
-    test_split: str | None = "test"
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    strengths: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1e-3, 1e-2, 3e-2, 1e-1)
-    neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (10, 20)
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    max_iter: PositiveInt = 60
-    finalists: PositiveInt = 5
-    folds: Annotated[int, Field(ge=2)] = 5
-    attention: AttentionConfig | None = None
-    seed: int = 0
-
-
-class ModelConfig(Section):
-    """The network to train: a diffusers class and its constructor's arguments.
-
-    Attributes:
-        kind: Name of the diffusers class.
-        args: Its arguments, as in the `config.json` that diffusers writes.
-    """
-
-    kind: Literal["UNet2DModel"] = "UNet2DModel"
-    args: dict[str, Any]
-
-
-class ScheduleConfig(Section):
-    """Noise schedule of a training run: arguments of diffusers' `DDPMScheduler`."""
-
-    num_train_timesteps: PositiveInt = 1000
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-
-
-class TrainConfig(Section):
-    """Arguments of `diffrep train`: denoising training of a small model.
-
-    Attributes:
-        model: The network.
-        schedule: The noise schedule and what the network predicts.
-        data: The training images; the run never reads a split that is not named there.
-        out: Run folder.
-        steps: Optimiser steps.
-        batch_size: Images of one step, over all processes.
-        lr: Peak learning rate of AdamW.
-        warmup: Steps of linear warm-up; then cosine decay to zero.
-        weight_decay: Decoupled weight decay.
-        clip: Largest gradient norm.
-        ema: Decay of the weight average that is exported.
-        flip: Mirror images at random.
-        timesteps: "uniform" over the schedule, or "low": t = T u^2 with u uniform, which spends more steps on little
-            noise, where features are read.
-        mixed_precision: "bf16" runs the forward under autocast.
-        compile: Compile the network with torch.compile.
-        checkpoint_every: Steps between checkpoints.
-        keep: Checkpoints kept.
-        log_every: Steps between lines of `log.jsonl`.
-        seed: Seeds initial weights, data order, timesteps and noise.
-        export_dtype: Element type of the exported weights.
-        workers: Processes that decode images.
-    """
-
-    model: ModelConfig
-    schedule: ScheduleConfig = ScheduleConfig()
-    data: DataConfig
-    out: PathText
-    steps: PositiveInt
-    batch_size: PositiveInt = 128
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    warmup: Annotated[int, Field(ge=0)] = 500
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    flip: bool = False
-    timesteps: Literal["uniform", "low"] = "uniform"
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    compile: bool = False
-    checkpoint_every: PositiveInt = 1000
-    keep: PositiveInt = 2
-    log_every: PositiveInt = 50
-    seed: int = 0
-    export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    workers: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _splits_are_named(self) -> TrainConfig:
-        if self.data.splits is None:
-            raise ValueError("data.splits must name what is trained on, such as data.splits=train")
-        return self

@@ -28,14 +28,16 @@ from diffrep.train.order import StepBatches, step_rng
 
 EMA_FILE = "ema.safetensors"
 # Keys that may change between a run and its resume without changing a single number of it.
-FREE_KEYS = ("out", "checkpoint_every", "keep", "log_every", "workers")
+# `steps` too: a run may be cut short or drawn out, and its learning rate then decays to the new end.
+FREE_KEYS = ("steps", "out", "checkpoint_every", "keep", "log_every", "workers")
 
 
 def run_train(config: TrainConfig) -> Path:
     """Trains a network, or goes on with the run in `config.out`.
 
     Writes `config.yaml`, `log.jsonl` (loss, learning rate, gradient norm, images/s), `checkpoints/step-*` and, at the
-    end, `model/`: a folder that `diffrep.load_backbone` opens, with the averaged weights.
+    end, `model/`: a folder that `diffrep.load_backbone` opens, with the averaged weights. A resumed run may be given
+    other `steps`; its cosine then ends there.
 
     Returns:
         The path of `model/`.
