@@ -16,7 +16,7 @@ _HOMES = {
     "convert": "backbones.convert",
     "list_backbones": "backbones",
     "load_backbone": "backbones",
-    "AttentionConfig": "config",
+    "TrainedConfig": "config",
     "BackboneConfig": "config",
     "DataConfig": "config",
     "ExtractConfig": "config",

@@ -1,13 +1,13 @@
 """Schemas and their loader. No torch in here: the command answers `--help` and config errors without it."""
 
 from diffrep.config.loader import digest, load_config, to_plain, to_yaml, validate
-from diffrep.config.probe import AttentionConfig, ProbeConfig
+from diffrep.config.probe import LowDataConfig, ProbeConfig, SGDConfig, TrainedConfig
 from diffrep.config.results import read_results, write_results
 from diffrep.config.schema import BackboneConfig, DataConfig, ExtractConfig, FeatureRequest, LevelSpec
 from diffrep.config.train import ModelConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
-    "AttentionConfig",
+    "LowDataConfig",
     "BackboneConfig",
     "DataConfig",
     "ExtractConfig",
@@ -15,8 +15,10 @@ __all__ = [
     "LevelSpec",
     "ModelConfig",
     "ProbeConfig",
+    "SGDConfig",
     "ScheduleConfig",
     "TrainConfig",
+    "TrainedConfig",
     "digest",
     "load_config",
     "read_results",

@@ -159,7 +159,8 @@ def _known_keys(schema: Any, path: list[Any]) -> list[str]:
     for part in path:
         field = getattr(schema, "model_fields", {}).get(part)
         if field is None:
-            return []
+            # Names inside a dict of sections, such as trained.NAME, are the user's own: the section stays.
+            continue
         members = [field.annotation, *get_args(field.annotation)]
         schema = next((m for m in members if hasattr(m, "model_fields") or hasattr(m, "__pydantic_fields__")), None)
     fields = getattr(schema, "model_fields", None) or getattr(schema, "__pydantic_fields__", {})

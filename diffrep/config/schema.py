@@ -93,30 +93,34 @@ class DataConfig(Section):
     """A set of images; a bare string is the `path`.
 
     Attributes:
-        path: Folder of images, `.npz` of arrays, folder of parquet or hub id of an HF set, root of a torchvision set,
-            or the name of a bundled set such as "fashion-demo".
-        kind: How to read `path`; "auto" looks at it.
+        path: Folder of images, `.npz` of arrays, `.csv` or `.tsv` of paths and labels, folder of parquet or hub id of
+            an HF set, WebDataset shards (a folder, one `.tar` or "name-{000..011}.tar"), prepared VTAB-1k task folder,
+            root of a torchvision set, or the name of a bundled set such as "fashion-demo".
+        kind: How to read `path`; "auto" looks at it. Hub ids and torchvision sets must name theirs.
         name: Class of `torchvision.datasets` for kind "torchvision", such as "CIFAR10".
         splits: Splits to read, in this order; None takes all there are.
         limit: First n samples of each split, or a number for each split by name.
         size: Side of the square the images are brought to; None keeps them as they are.
         fit: "resize" (bicubic, aspect ratio not kept), "crop" (resize the short side, centre crop) or "pad" (zeros).
-        image_key: Column of the image for HF sets; None takes the first column that holds images.
-        label_key: Column of the label for HF sets; None takes "label" or the first class-label column.
+        image_key: Where the image is. HF: column, None takes the first that holds images. CSV: column, None takes
+            "path" or the first. WebDataset: extension, None takes the sample's only image.
+        label_key: Where the label is. HF: column, None takes "label" or the first class-label column. CSV: column,
+            None takes "label". Several columns of 0 and 1, as "a,b,c" or a list, are a multi-label set. WebDataset:
+            key in the sample's `.json`, None takes `.cls`.
         download: Let torchvision download the set when it is not there.
     """
 
     main_field: ClassVar[str] = "path"
 
     path: PathText
-    kind: Literal["auto", "folder", "torchvision", "hf", "npz"] = "auto"
+    kind: Literal["auto", "folder", "torchvision", "hf", "npz", "csv", "webdataset", "vtab"] = "auto"
     name: str | None = None
     splits: Annotated[tuple[str, ...] | None, BeforeValidator(listed)] = None
     limit: PositiveInt | dict[str, PositiveInt] | None = None
     size: PositiveInt | None = None
     fit: Literal["resize", "crop", "pad"] = "resize"
     image_key: str | None = None
-    label_key: str | None = None
+    label_key: str | tuple[str, ...] | None = None
     download: bool = False
 
     @model_validator(mode="after")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 
 from diffrep.config import DataConfig
 from diffrep.data.arrays import read_hf, read_npz, read_torchvision
-from diffrep.data.folder import read_folder
+from diffrep.data.folder import EXTENSIONS, read_folder
 from diffrep.data.images import ImageSet, Transform, pick_splits
+from diffrep.data.table import read_table
+from diffrep.data.tars import read_tars
+from diffrep.data.vtab import read_vtab, vtab_means
 from diffrep.errors import ConfigError, DataError, suggest
 
 BUNDLED = {"fashion-demo": "4,000 training and 1,000 test images of Fashion-MNIST, 28x28, one channel, 10 classes"}
-__all__ = ["BUNDLED", "ImageSet", "Transform", "open_images"]
+KEYED = ("hf", "csv", "webdataset")
+__all__ = ["BUNDLED", "ImageSet", "Transform", "open_images", "vtab_means"]
 
 
 def open_images(config: DataConfig, channels: int) -> ImageSet:
@@ -23,7 +28,7 @@ def open_images(config: DataConfig, channels: int) -> ImageSet:
         channels: Channels of the backbone's images, 1 or 3; images are converted.
 
     Raises:
-        ConfigError: The channel count is neither 1 nor 3.
+        ConfigError: The channel count is neither 1 nor 3, or a key is set that this kind of data has not.
         DataError: Nothing readable is there.
         UnknownNameError: A split, column or set name does not exist.
     """
@@ -36,14 +41,23 @@ def open_images(config: DataConfig, channels: int) -> ImageSet:
     if config.path in BUNDLED and not path.exists():
         path, kind = Path(str(resources.files(__name__) / "bundled" / f"{config.path}.npz")), "npz"
     kind = _guess_kind(path, config.path) if kind == "auto" else kind
+    image_key, label_key = config.image_key, config.label_key
+    if kind not in KEYED and (image_key or label_key):
+        raise ConfigError(f"data.image_key and data.label_key are for the kinds {KEYED}, and this is {kind!r}")
     if kind == "npz":
         readers, classes = read_npz(path)
     elif kind == "torchvision":
         readers, classes = read_torchvision(config.name, path, config.splits, config.download)
     elif kind == "hf":
-        readers, classes = read_hf(
-            str(path) if path.exists() else config.path, config.splits, config.image_key, config.label_key
-        )
+        readers, classes = read_hf(str(path) if path.exists() else config.path, config.splits, image_key, label_key)
+    elif kind == "csv":
+        readers, classes = read_table(path, image_key, label_key)
+    elif kind == "webdataset":
+        if isinstance(label_key, tuple):
+            raise ConfigError(f"data.label_key of shards is one key of their .json, given: {list(label_key)}")
+        readers, classes = read_tars(config.path, image_key, label_key)
+    elif kind == "vtab":
+        readers, classes = read_vtab(path)
     else:
         readers, classes = read_folder(path)
     chosen = pick_splits(list(readers), config.splits)
@@ -52,8 +66,15 @@ def open_images(config: DataConfig, channels: int) -> ImageSet:
 
 
 def _guess_kind(path: Path, given: str) -> str:
-    if path.suffix == ".npz":
-        return "npz"
-    if path.is_dir():
-        return "hf" if next(path.rglob("*.parquet"), None) else "folder"
-    raise DataError(f"no data at {given!r}; {suggest(given, list(BUNDLED))} A hub id needs data.kind=hf")
+    by_suffix = {".npz": "npz", ".csv": "csv", ".tsv": "csv", ".tar": "webdataset"}
+    if not path.is_dir():
+        if path.suffix.lower() in by_suffix:
+            return by_suffix[path.suffix.lower()]
+        raise DataError(f"no data at {given!r}; {suggest(given, list(BUNDLED))} A hub id needs data.kind=hf")
+    if (path / "train800.txt").is_file() and (path / "val200.txt").is_file():
+        return "vtab"
+    suffixes = {Path(name).suffix.lower() for _, _, names in os.walk(path, followlinks=True) for name in names}
+    if ".parquet" in suffixes:
+        return "hf"
+    # An archive often lies beside the images that were unpacked from it.
+    return "webdataset" if ".tar" in suffixes and not suffixes & EXTENSIONS else "folder"

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from diffrep.data.images import pick_splits
+from diffrep.data.labels import integers, label_columns, label_digest, multi_hot
 from diffrep.errors import BackendUnavailable, DataError, UnknownNameError
 
 
@@ -34,7 +35,7 @@ class ArrayReader:
 
 
 def read_npz(file: Path) -> tuple[dict[str, ArrayReader], list[str] | None]:
-    """Reads `{split}_images` (uint8), `{split}_labels` (integers, optional) and `classes` (names, optional).
+    """Reads `{split}_images` (uint8), `{split}_labels` (integers or 0/1 rows, optional), `classes` (names, optional).
 
     Raises:
         DataError: The file is missing, damaged, or holds no such arrays.
@@ -57,8 +58,8 @@ def read_npz(file: Path) -> tuple[dict[str, ArrayReader], list[str] | None]:
             )
         if labels is not None and len(labels) != len(images):
             raise DataError(f"{file}: {len(images)} images and {len(labels)} labels in split {split!r}")
-        if labels is not None and not np.issubdtype(labels.dtype, np.integer):
-            raise DataError(f"{file}: the labels of split {split!r} are {labels.dtype}; they must be integers")
+        if labels is not None:
+            labels = integers(labels, f"{file}: the labels of split {split!r}")
         readers[split] = ArrayReader(split, images, labels, source)
     return readers, [str(c) for c in arrays["classes"]] if "classes" in arrays else None
 
@@ -79,8 +80,7 @@ class MapReader:
 
     def fingerprint(self) -> list[object]:
         """Returns what identifies the source's files, the number of rows and a digest of the labels."""
-        labels = b"" if self.labels is None else self.labels.tobytes()
-        return [*self.source, len(self.ids), hashlib.sha256(labels).hexdigest()[:16]]
+        return [*self.source, len(self.ids), label_digest(self.labels)]
 
 
 def _digest(rows: Any) -> str:
@@ -131,21 +131,33 @@ def read_torchvision(
             raise DataError(
                 f"torchvision {name} below {str(root)!r}: {error}; data.download=true fetches it"
             ) from error
-        targets = next((getattr(rows, n) for n in ("targets", "labels", "_labels") if hasattr(rows, n)), None)
-        labels = None if targets is None else np.asarray(targets, dtype=np.int64)
+        targets = _targets(rows)
+        labels = None if targets is None else integers(targets, f"the labels of torchvision {name}")
         readers[split] = MapReader(split, rows, _first_of_pair, labels, ["torchvision", name, split, _digest(rows)])
-        classes = classes or getattr(rows, "classes", None)
+        classes = classes or getattr(rows, "classes", None) or getattr(rows, "categories", None)
     return readers, [str(c) for c in classes] if classes else None
 
 
+def _targets(rows: Any) -> Any:
+    """Finds the labels of a torchvision set without decoding its images; each set keeps them in its own way."""
+    for name in ("targets", "labels", "_labels", "y"):
+        if hasattr(rows, name):
+            return getattr(rows, name)
+    pairs = getattr(rows, "_samples", None)
+    return None if pairs is None or any(label is None for _, label in pairs) else [label for _, label in pairs]
+
+
 def read_hf(
-    path: str, splits: tuple[str, ...] | None, image_key: str | None, label_key: str | None
+    path: str, splits: tuple[str, ...] | None, image_key: str | None, label_key: str | tuple[str, ...] | None
 ) -> tuple[dict[str, MapReader], list[str] | None]:
     """Opens a Hugging Face set: a folder of parquet files named by split, or a hub id.
 
+    Labels are a column of integers, a column of lists of class numbers, or several columns of 0 and 1.
+
     Raises:
         BackendUnavailable: The `datasets` package is not installed.
-        DataError: The set cannot be opened or has no image column.
+        DataError: The set cannot be opened, has no image column, or its labels are not integers.
+        UnknownNameError: There is no such split or label column.
     """
     try:
         import datasets
@@ -165,23 +177,44 @@ def read_hf(
     folder = Path(path)
     files = sorted((f.relative_to(folder).as_posix(), f.stat().st_size) for f in folder.rglob("*.parquet"))
     source = files or [path, *(rows._fingerprint for rows in loaded.values())]
-    readers, classes = {}, None
-    for split in loaded if splits is None else splits:
-        if split not in loaded:
-            raise UnknownNameError("split", split, list(loaded))
-        rows = loaded[split]
-        image_key = image_key or next((k for k, f in rows.features.items() if isinstance(f, datasets.Image)), None)
-        if image_key not in rows.features:
-            raise DataError(f"{path}: no image column {image_key or ''}; columns: {list(rows.features)}")
-        guesses = [k for k, f in rows.features.items() if k == "label" or isinstance(f, datasets.ClassLabel)]
-        label_key = label_key or (guesses[0] if guesses else None)
-        if label_key is not None and label_key not in rows.features:
-            raise UnknownNameError("label column", label_key, list(rows.features))
-        try:
-            labels = None if label_key is None else np.asarray(rows[label_key], dtype=np.int64)
-        except (TypeError, ValueError):
-            raise DataError(f"{path}: the labels in column {label_key!r} are not integers") from None
-        classes = classes or (getattr(rows.features[label_key], "names", None) if label_key else None)
-        get = partial(_column, key=image_key)
-        readers[split] = MapReader(split, rows.select_columns([image_key]), get, labels, ["hf", *source, split])
+    chosen = pick_splits(list(loaded), splits)
+    features = next(iter(loaded.values())).features
+    image_key = image_key or next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
+    if image_key not in features:
+        raise DataError(f"{path}: no image column {image_key or ''}; columns: {list(features)}")
+    guesses = [k for k, f in features.items() if k == "label" or isinstance(f, datasets.ClassLabel)]
+    guesses += [k for k, f in features.items() if isinstance(getattr(f, "feature", None), datasets.ClassLabel)]
+    label_key = label_key or (guesses[0] if guesses else None)
+    keys = [] if label_key is None else label_columns(label_key, features)
+    labels, classes = _hf_labels(path, loaded, keys) if keys else (dict.fromkeys(loaded), None)
+    get = partial(_column, key=image_key)
+    readers = {}
+    for split in chosen:
+        rows = loaded[split].select_columns([image_key])
+        readers[split] = MapReader(split, rows, get, labels[split], ["hf", *source, split])
     return readers, classes
+
+
+def _hf_labels(path: str, loaded: Any, keys: list[str]) -> tuple[dict[str, np.ndarray], list[str] | None]:
+    """Returns the labels of every split, so that the number of classes does not depend on the splits that are read."""
+    if len(keys) > 1:
+        columns = {
+            split: [integers(rows[key][:], f"{path}: the labels in column {key!r}") for key in keys]
+            for split, rows in loaded.items()
+        }
+        what = f"{path}: the labels in columns {keys}"
+        return {split: integers(np.stack(found, 1), what) for split, found in columns.items()}, keys
+    key = keys[0]
+    values = {split: rows[key][:] for split, rows in loaded.items()}
+    feature = next(iter(loaded.values())).features[key]
+    what = f"{path}: the labels in column {key!r}"
+    inner = getattr(feature, "feature", None)
+    if inner is None:
+        return {split: integers(found, what) for split, found in values.items()}, getattr(feature, "names", None)
+    together = [row for found in values.values() for row in found]
+    if not all(row is not None and all(type(number) is int for number in row) for row in together):
+        raise DataError(f"{what} are not integers")
+    names = getattr(inner, "names", None)
+    hot = multi_hot(together, len(names) if names else None, lambda i: f"{path}: row {i} of column {key!r}")
+    ends = np.cumsum([len(found) for found in values.values()])
+    return dict(zip(values, np.split(hot, ends[:-1]), strict=True)), names

@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from diffrep.data.images import decode
+from diffrep.data.labels import label_digest
 from diffrep.errors import DataError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
 SPLIT_NAMES = ("train", "val", "valid", "validation", "test")
 
 
-class FolderReader:
-    """Image files below a root; ids are their POSIX paths relative to it, in sorted order."""
+class FileReader:
+    """Image files of one split.
 
-    def __init__(self, root: Path, files: list[str], classes: list[str] | None, level: int):
-        self.root = root
-        self.ids = files
-        numbers = {name: i for i, name in enumerate(classes)} if classes else None
-        self.labels = np.array([numbers[f.split("/")[level]] for f in files]) if numbers else None
+    Args:
+        root: Folder that the paths are relative to.
+        files: Paths, which are the ids too.
+        labels: (n,) or (n, L) int64, or None.
+        listed: The labels stand in a list, not in the paths, so the fingerprint covers them.
+    """
+
+    def __init__(self, root: Path, files: list[str], labels: np.ndarray | None, listed: bool = False):
+        self.root, self.ids, self.labels, self.listed = root, files, labels, listed
 
     def image(self, index: int) -> Image.Image:
         """Reads one file."""
-        try:
-            image = Image.open(self.root / self.ids[index])
-            image.load()
-            return image
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"cannot read the image: {error}") from error
+        return decode(self.root / self.ids[index])
 
     def fingerprint(self) -> list[object]:
-        """Returns (path, bytes) of every file."""
-        return [(name, (self.root / name).stat().st_size) for name in self.ids]
+        """Returns (path, bytes) of every file, and a digest of listed labels."""
+        files: list[object] = [(name, (self.root / name).stat().st_size) for name in self.ids]
+        return [*files, label_digest(self.labels)] if self.listed else files
 
 
-def read_folder(root: Path) -> tuple[dict[str, FolderReader], list[str] | None]:
+def files_below(root: Path, suffixes: Collection[str]) -> list[str]:
+    """Returns the paths, relative to `root` and sorted, of the files with one of these suffixes at any depth."""
+    return sorted(
+        Path(folder, name).relative_to(root).as_posix()
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if Path(name).suffix.lower() in suffixes and not name.startswith(".")
+    )
+
+
+def read_folder(root: Path) -> tuple[dict[str, FileReader], list[str] | None]:
     """Finds the images below `root`.
 
     Folders named train, val, valid, validation or test at the top are splits, otherwise everything is split "all". The
@@ -51,12 +64,7 @@ def read_folder(root: Path) -> tuple[dict[str, FolderReader], list[str] | None]:
     """
     if not root.is_dir():
         raise DataError(f"no image folder {str(root)!r}")
-    files = sorted(
-        Path(folder, name).relative_to(root).as_posix()
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
-    )
+    files = files_below(root, EXTENSIONS)
     if not files:
         raise DataError(f"no image in {str(root)!r}; looked for {', '.join(sorted(EXTENSIONS))} at any depth")
     tops = {f.split("/")[0] for f in files if "/" in f}
@@ -64,8 +72,11 @@ def read_folder(root: Path) -> tuple[dict[str, FolderReader], list[str] | None]:
     level = 1 if has_splits else 0
     labelled = all(f.count("/") > level for f in files)
     classes = sorted({f.split("/")[level] for f in files}) if labelled else None
-    if not has_splits:
-        return {"all": FolderReader(root, files, classes, level)}, classes
-    names = [name for name in SPLIT_NAMES if name in tops]
-    split_files = {name: [f for f in files if f.startswith(name + "/")] for name in names}
-    return {name: FolderReader(root, split_files[name], classes, level) for name in names}, classes
+    numbers = {name: i for i, name in enumerate(classes or ())}
+    names = [name for name in SPLIT_NAMES if name in tops] if has_splits else ["all"]
+    readers = {}
+    for name in names:
+        inside = [f for f in files if f.startswith(name + "/")] if has_splits else files
+        labels = np.array([numbers[f.split("/")[level]] for f in inside]) if labelled else None
+        readers[name] = FileReader(root, inside, labels)
+    return readers, classes

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from diffrep.errors import ConfigError, DataError, UnknownNameError
@@ -66,7 +68,10 @@ class Transform:
 
 
 class Reader(Protocol):
-    """One split of a source of images. Integers index it; ids never change between runs or machines."""
+    """One split of a source of images. Integers index it; ids never change between runs or machines.
+
+    Labels are (n,) integers, or (n, L) of 0 and 1 where a sample has several.
+    """
 
     ids: list[str]
     labels: np.ndarray | None
@@ -76,6 +81,39 @@ class Reader(Protocol):
 
     def fingerprint(self) -> list[object]:
         """Names and sizes that change when the files do."""
+
+
+def decode(source: Path | BinaryIO) -> Image.Image:
+    """Reads an image file.
+
+    Raises:
+        DataError: It cannot be decoded.
+    """
+    try:
+        image = Image.open(source)
+        image.load()
+        return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # PIL names an open file by its address, which says nothing and differs from run to run.
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"cannot read the image: {reason}") from error
+
+
+class RowsReader:
+    """Some rows of another reader, in ascending order."""
+
+    def __init__(self, reader: Reader, rows: np.ndarray):
+        self.reader, self.rows = reader, rows
+        self.ids = [reader.ids[row] for row in rows]
+        self.labels = None if reader.labels is None else reader.labels[rows]
+
+    def image(self, index: int) -> Image.Image:
+        """Reads one image."""
+        return self.reader.image(int(self.rows[index]))
+
+    def fingerprint(self) -> list[object]:
+        """Returns what identifies the whole, and a digest of the rows."""
+        return [*self.reader.fingerprint(), hashlib.sha256(self.rows.tobytes()).hexdigest()[:16]]
 
 
 @dataclass
@@ -110,6 +148,14 @@ class ImageSet(Dataset):
             start += count
         if start == 0:
             raise DataError("the data set holds no images")
+        shapes = set()
+        for name, reader in self.readers.items():
+            if reader.labels is not None:
+                if reader.labels.dtype.kind not in "iu" or reader.labels.ndim not in (1, 2):
+                    raise DataError(f"the labels of split {name!r} are {reader.labels.dtype}; they must be integers")
+                shapes.add(reader.labels.shape[1:])
+        if len(shapes) > 1:
+            raise DataError(f"the splits differ in the number of labels a sample has: {sorted(shapes)}")
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.splits.values())
@@ -131,10 +177,39 @@ class ImageSet(Dataset):
         """Whether every split has labels."""
         return all(reader.labels is not None for reader in self.readers.values())
 
-    def label(self, index: int) -> int:
-        """Returns the label of a sample of a labelled set."""
+    @property
+    def multilabel(self) -> bool:
+        """Whether a sample has several labels: a 0 or 1 for each class."""
+        return self.labelled and next(iter(self.readers.values())).labels.ndim == 2
+
+    def label(self, index: int) -> int | list[int]:
+        """Returns the label of a sample of a labelled set; of a multi-label set, a 0 or 1 for each class."""
         reader, row = self._locate(index)
-        return int(reader.labels[row])
+        return reader.labels[row].tolist()
+
+    def subset(self, rows: Sequence[int]) -> ImageSet:
+        """Returns the samples at some positions, in ascending order, with the ids and labels they have here.
+
+        Args:
+            rows: Positions; splits without any are left out.
+
+        Raises:
+            IndexError: A position does not exist.
+            ConfigError: A position is named twice.
+            DataError: There are none.
+        """
+        wanted = np.asarray(rows, dtype=np.int64)
+        picked = np.unique(wanted)
+        if len(picked) and not 0 <= picked[0] <= picked[-1] < len(self):
+            raise IndexError(f"rows {picked[0]} to {picked[-1]} of {len(self)} samples")
+        if len(picked) < len(wanted):
+            raise ConfigError("the rows of a subset name a sample twice")
+        readers = {}
+        for name, places in self.splits.items():
+            inside = picked[(picked >= places.start) & (picked < places.stop)] - places.start
+            if len(inside):
+                readers[name] = RowsReader(self.readers[name], inside)
+        return ImageSet(readers, self.transform, self.classes)
 
     def fingerprint(self) -> str:
         """Returns a digest of the sources' file names and sizes, the splits, and how many samples are used of each."""

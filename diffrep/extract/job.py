@@ -21,12 +21,13 @@ from diffrep import dist
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.backbones.checkpoint import read_tensors
 from diffrep.backbones.conditioning import Condition
-from diffrep.config import BackboneConfig, ExtractConfig, to_plain
+from diffrep.config import BackboneConfig, ExtractConfig, to_plain, to_yaml
 from diffrep.data import ImageSet, open_images
 from diffrep.errors import ConfigError, DataError
 from diffrep.extract.extractor import Extractor
 from diffrep.extract.plan import Plan
 from diffrep.store import NUMERICS, FeatureStore, StoreWriter, Unit, list_units
+from diffrep.store.layout import write_whole
 from diffrep.store.writer import unit_exists
 
 PACKAGES = ("diffrep", "torch", "diffusers", "numpy", "pillow")
@@ -38,16 +39,17 @@ class ExtractJob:
     Args:
         config: What to extract.
         backbone: A loaded backbone in place of `config.backbone`, which then only names it.
+        images: An opened data set in place of `config.data`, such as a part of it.
 
     Raises:
         ConfigError: Backbone, data and request do not go together.
     """
 
-    def __init__(self, config: ExtractConfig, backbone: Backbone | None = None):
+    def __init__(self, config: ExtractConfig, backbone: Backbone | None = None, images: ImageSet | None = None):
         dist.state()  # first: it gives each process its own GPU, where device "auto" then loads the network
         self.config = config
         self.backbone = backbone or open_backbone(config.backbone)
-        self.images = open_images(config.data, self.backbone.image_channels)
+        self.images = images or open_images(config.data, self.backbone.image_channels)
         self.cond = _read_cond(config.cond)
         self.extractor = Extractor(self.backbone, config.request, config.batch_size)
 
@@ -115,6 +117,11 @@ class ExtractJob:
             "request": request,
             "layers": {name: {"shape": list(shape), "cost": plan.costs[name]} for name, shape in plan.shapes.items()},
             "levels": [[spec, level.key, level.time, level.signal, level.noise] for spec, level in levels],
+            "costs": {
+                "network_flops": plan.network_flops,
+                "encode_flops": plan.encode_flops,
+                "draws": plan.draws,
+            },
             "data": {"fingerprint": self.images.fingerprint(), "path": Path(self.config.data.path).name},
             "transform": {"channels": transform.channels, "size": transform.size, "fit": transform.fit},
             "splits": {name: [rows.start, rows.stop] for name, rows in self.images.splits.items()},
@@ -136,6 +143,8 @@ class ExtractJob:
         meta = self.meta()
         with state.main_process_first():
             writer = StoreWriter(self.config.out, meta)
+            if state.is_main_process:
+                write_whole(Path(self.config.out) / "config.yaml", to_yaml(self.config).encode())
         missing = writer.missing()
         state.wait_for_everyone()
         mine = missing[state.process_index :: state.num_processes]

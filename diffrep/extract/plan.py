@@ -29,6 +29,7 @@ class Plan:
         draws: Forward passes per level, by key: the request's draws, or 1 where all draws would be equal.
         shapes: Shape of one sample's feature, by layer.
         costs: FLOPs of one forward that stops after a layer, over those of the whole network.
+        network_flops: FLOPs of one forward of the whole network.
         encode_flops: FLOPs of encoding one image.
         forward_flops: FLOPs of one truncated forward.
         dtype: Element type of the stored features.
@@ -40,6 +41,7 @@ class Plan:
     draws: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
     costs: dict[str, float]
+    network_flops: int
     encode_flops: int
     forward_flops: int
     dtype: str
@@ -122,6 +124,7 @@ def make_plan(
         draws,
         {name: pooled_shape(shape, request.pool) for name, shape in maps.items()},
         {name: count / total for name, count in flops.items()},
+        total,
         backbone.encode_flops(height, width),
         max(flops.values()),
         request.dtype,

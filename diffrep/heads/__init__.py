@@ -1,6 +1,22 @@
 """What reads features."""
 
-from diffrep.heads.attention import AttentionPool
-from diffrep.heads.linear import LinearHead
+from diffrep.heads.attention import AttentionHead, AttentionPool
+from diffrep.heads.conv import ConvHead
+from diffrep.heads.difformer import DifFormer
+from diffrep.heads.head import Head, load_head, save_head
+from diffrep.heads.linear import LinearHead, MLPHead
+from diffrep.heads.matryoshka import MatryoshkaHead, matryoshka_loss
 
-__all__ = ["AttentionPool", "LinearHead"]
+__all__ = [
+    "AttentionHead",
+    "AttentionPool",
+    "ConvHead",
+    "DifFormer",
+    "Head",
+    "LinearHead",
+    "MLPHead",
+    "MatryoshkaHead",
+    "load_head",
+    "matryoshka_loss",
+    "save_head",
+]

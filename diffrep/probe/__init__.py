@@ -1,19 +1,26 @@
-"""Judging features by classification: every (layer, level) at once, chosen on validation, reported on test."""
+"""Judging features by classification: every head on every layer and level, chosen on validation, scored on test."""
 
 from diffrep.probe.logistic import LogisticPath
 from diffrep.probe.neighbours import knn_scores
-from diffrep.probe.run import run_probe
+from diffrep.probe.reading import Reading, readings
+from diffrep.probe.run import Probe, run_probe
+from diffrep.probe.sgd import LinearSpec, SGDHeads
 from diffrep.probe.split import stratified_split
-from diffrep.probe.sweep import Cell, Score, Task, judge, make_task, sweep
+from diffrep.probe.sweep import Judged, judge, sweep
+from diffrep.probe.task import Task, make_task
 
 __all__ = [
-    "Cell",
+    "Judged",
+    "LinearSpec",
     "LogisticPath",
-    "Score",
+    "Probe",
+    "Reading",
+    "SGDHeads",
     "Task",
     "judge",
     "knn_scores",
     "make_task",
+    "readings",
     "run_probe",
     "stratified_split",
     "sweep",

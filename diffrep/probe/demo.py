@@ -11,28 +11,26 @@ import torch
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.config import (
-    AttentionConfig,
     BackboneConfig,
     DataConfig,
     ExtractConfig,
     FeatureRequest,
     ProbeConfig,
+    TrainedConfig,
     digest,
     to_plain,
-    write_results,
 )
 from diffrep.data import ImageSet, open_images
 from diffrep.extract import Extractor
 from diffrep.extract.job import ExtractJob
-from diffrep.probe.run import collect, save_heads
-from diffrep.probe.sweep import best, best_linear, judge, make_task, score_knn, score_linear, sweep
-from diffrep.probe.trained import train_attention
-from diffrep.report import PICTURES, pca_rgb, write_report
+from diffrep.probe.reading import Reading, readings
+from diffrep.probe.run import Probe
+from diffrep.report import PICTURES, pca_rgb
 from diffrep.store import FeatureStore
 
 BACKBONE = "fashion-unet"
 LEVELS = (1, 5, 10, 20, 50, 100, 200, 300)
-ATTENTION = AttentionConfig(width=96, depth=1, heads=4, epochs=12, flip=True)
+ATTENTION = TrainedConfig(width=96, depth=1, heads=4, epochs=12, flip=True)
 PICTURED = 4
 
 
@@ -53,42 +51,32 @@ def demo(out: Path, limit: int | None = None) -> dict[str, Any]:
 
     print("1/5 features of every block at 8 timesteps")
     store = _extract(data, backbone, FeatureRequest("blocks", LEVELS, pool=4), out, "features")
-    config = ProbeConfig(store=store.path, out=out, max_iter=40, attention=ATTENTION)
-    task = make_task(store, config)
+    # A small limit may leave a class without a test image.
+    config = ProbeConfig(store=store.path, out=out, max_iter=40, missing="allow", trained={"attention": ATTENTION})
+    probe = Probe(store, config, f"{BACKBONE} on {len(store):,} Fashion-MNIST images")
     print("2/5 linear probe and kNN on each of them")
-    cells = sweep(store, task, config)
-    linear, knn = best_linear(store.tensor, cells, task, config), best(cells, "knn")
-    score, head = score_linear("linear", linear, store[linear.layer, linear.level], task, config)
-    scores = [score, score_knn("kNN", knn, store[knn.layer, knn.level], task, config)]
+    probe.sweep()
+    linear = probe.score("logistic").reading
+    probe.score("knn")
 
     print("3/5 baselines: raw pixels, and the same network untrained")
     images = open_images(data, backbone.image_channels)
     pixels = torch.stack([images[row] for row in range(len(images))])
-    cell = best_linear(lambda *_: pixels, [judge("pixels", "", pixels, task, config)], task, config)
-    scores.append(score_linear("linear on raw pixels", cell, pixels, task, config)[0])
-    around = _around(list(store.levels), linear.level)
+    probe.baseline("raw pixels", lambda _: pixels, [Reading("pixels", "")])
     blank = load_backbone(BACKBONE, init_seed=0)
+    around = _around(list(store.levels), linear.level)
     untrained = _extract(data, blank, FeatureRequest("blocks", around, pool=4), out, "untrained")
-    cell = best_linear(untrained.tensor, sweep(untrained, task, config), task, config)
-    scores.append(
-        score_linear("linear on the untrained network", cell, untrained[cell.layer, cell.level], task, config)[0]
-    )
+    probe.baseline("untrained network", lambda one: one.read(untrained), readings(untrained, config))
 
     print("4/5 attention-pooled head on the best layer")
-    layer, level = linear.layer, linear.level
-    maps = _extract(data, backbone, FeatureRequest(layer, level, pool=8), out, "maps")
-    score, attention = train_attention(maps, layer, level, task, ATTENTION, out / "attention", config.seed)
-    scores.append(score)
+    maps = _extract(data, backbone, FeatureRequest(linear.layer, linear.level, pool=8), out, "maps")
+    probe.train("attention", maps)
 
     print("5/5 pictures and report")
     _draw(out / PICTURES, backbone, images)
     seconds = time.perf_counter() - began
     notes = [f"The whole run took {seconds:.0f} s on {torch.get_num_threads()} threads ({backbone.device})."]
-    metrics = collect(f"{BACKBONE} on {len(store):,} Fashion-MNIST images", store, task, cells, scores, notes)
-    write_results(out, config, config.seed, metrics)
-    save_heads(out, {"linear": head, "attention": attention})
-    write_report(out)
-    return metrics
+    return probe.finish(notes)
 
 
 def _extract(data: DataConfig, backbone: Backbone, request: FeatureRequest, out: Path, name: str) -> FeatureStore:

@@ -18,7 +18,8 @@ class LogisticPath:
     """Fits one linear classifier for each penalty, together.
 
     Minimises mean cross-entropy + penalty / 2 * |W|^2 on standardised features; biases are free. scikit-learn's C for
-    the same problem is 1 / (penalty * N).
+    the same problem is 1 / (penalty * N). With several labels a sample, each label is a logistic regression of its
+    own: the loss is the mean over samples of the binary cross-entropies' sum over labels.
 
     All penalties share each product with the feature matrix; each has its own L-BFGS memory and step length (Nocedal
     and Wright, 2006, algorithm 7.4), so none waits for or disturbs another.
@@ -33,16 +34,14 @@ class LogisticPath:
         self.max_iter = max_iter
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, classes: int) -> LogisticPath:
-        """Fits on features (N, ...) and labels (N,) int64 below `classes`."""
+        """Fits on features (N, ...) and labels (N,) int64 below `classes`, or (N, classes) of 0 and 1."""
         x = features.flatten(1).float()
-        self.mean = x.mean(0)
-        # A constant feature carries nothing: std 1 leaves it at zero after centring.
-        std = x.std(0, correction=0)
-        self.std = torch.where(std > 1e-6 * std.max().clamp(min=1e-12), std, torch.ones_like(std))
+        self.mean, self.std = standardisation(x)
         x = (x - self.mean) / self.std
         x = torch.cat([x, torch.ones(len(x), 1, device=x.device)], dim=1)
-        target = F.one_hot(labels, classes).to(x)
-        penalty = torch.tensor(self.penalties, device=x.device)[:, None, None].expand(-1, x.shape[1], 1).clone()
+        target = one_hot(labels, classes).to(x)
+        entropy = _binary_entropies if labels.ndim == 2 else _cross_entropy
+        penalty = torch.tensor(self.penalties, dtype=x.dtype, device=x.device)[:, None, None].expand(-1, x.shape[1], 1).clone()
         penalty[:, -1] = 0
         count, width = len(self.penalties), x.shape[1]
 
@@ -50,9 +49,9 @@ class LogisticPath:
             weights = flat.view(count, width, classes)
             # One product for all penalties: (N, D) x (D, S * K).
             scores = (x @ weights.transpose(0, 1).reshape(width, -1)).view(len(x), count, classes)
-            logs = F.log_softmax(scores, dim=-1)
-            loss = -(logs * target[:, None]).sum((0, 2)) / len(x) + (penalty * weights.square()).sum((1, 2)) / 2
-            residual = (logs.exp() - target[:, None]).view(len(x), -1) / len(x)
+            loss, residual = entropy(scores, target[:, None])
+            loss = loss / len(x) + (penalty * weights.square()).sum((1, 2)) / 2
+            residual = residual.view(len(x), -1) / len(x)
             gradient = (x.T @ residual).view(width, count, classes).transpose(0, 1) + penalty * weights
             return loss, gradient.reshape(count, -1)
 
@@ -71,11 +70,34 @@ class LogisticPath:
         state = {
             "mean": self.mean,
             "std": self.std,
-            "linear.weight": self.weights[index, :-1].T,
-            "linear.bias": self.weights[index, -1],
+            "fcs.0.weight": self.weights[index, :-1].T,
+            "fcs.0.bias": self.weights[index, -1],
         }
         head.load_state_dict(state)
         return head
+
+
+def standardisation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns mean and standard deviation (D,) of features (N, D)."""
+    std = x.std(0, correction=0)
+    # A constant feature carries nothing: std 1 leaves it at zero after centring.
+    return x.mean(0), torch.where(std > 1e-6 * std.max().clamp(min=1e-12), std, torch.ones_like(std))
+
+
+def one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """Returns targets (N, classes) of labels (N,), or labels (N, classes) of 0 and 1 as they are."""
+    return labels if labels.ndim == 2 else F.one_hot(labels, classes)
+
+
+def _cross_entropy(scores: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the sum of losses (S,) of scores (N, S, K) for targets (N, 1, K), and its gradient (N, S, K)."""
+    logs = F.log_softmax(scores, dim=-1)
+    return -(logs * target).sum((0, 2)), logs.exp() - target
+
+
+def _binary_entropies(scores: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for labels that are independent of each other."""
+    return (F.softplus(scores) - scores * target).sum((0, 2)), scores.sigmoid() - target
 
 
 @torch.no_grad()

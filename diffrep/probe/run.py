@@ -2,111 +2,314 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict
-from pathlib import Path
+import csv
+import json
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import nn
 
-from diffrep.config import AttentionConfig, ProbeConfig, write_results
-from diffrep.errors import StoreError
-from diffrep.probe.sweep import Cell, Score, Task, best, best_linear, make_task, score_knn, score_linear, sweep
-from diffrep.probe.trained import train_attention
+from diffrep import dist
+from diffrep.config import ProbeConfig, TrainedConfig, write_results
+from diffrep.errors import ConfigError, DiffrepError, StoreError
+from diffrep.heads import save_head
+from diffrep.probe.gallery import gallery, open_store_images, save_arrays, thumbnails
+from diffrep.probe.lowdata import check_low_data, low_data
+from diffrep.probe.measure import Measure
+from diffrep.probe.reading import Reading, readings
+from diffrep.probe.scores import Result, cells_of, cost_of, summarise
+from diffrep.probe.sweep import Judged, Read, Scored, choose, score, sweep
+from diffrep.probe.task import Task, make_task
 from diffrep.report import write_report
 from diffrep.store import FeatureStore
 
+NAMES = {
+    "logistic": "logistic regression",
+    "sgd": "linear, SGD",
+    "ridge": "ridge",
+    "knn": "kNN",
+    "ncm": "nearest class mean",
+}
+
 
 def run_probe(config: ProbeConfig) -> dict[str, Any]:
-    """Judges every (layer, level) of a store and writes `results.json`, `report.html` and the heads.
+    """Judges every head on every reading of a store; writes `results.json`, `report.html`, `trials.csv` and the heads.
+
+    For each head and each way to combine features, one reading and setting are chosen on validation samples, fitted
+    again on training and validation samples, and scored once on the test samples; so are the trained heads.
 
     Returns:
         The metrics that stand in results.json.
 
     Raises:
-        StoreError: The store is missing or not finished, or the maps' store has other samples.
+        StoreError: The store is missing or not finished, or two stores have other samples.
         DataError: The labels do not allow a probe.
+        ConfigError: The config asks for what the store does not hold.
     """
-    store = FeatureStore(config.store)
-    out = Path(config.out or Path(config.store) / "probe")
-    task = make_task(store, config)
-    maps = None if config.attention is None else _maps(store, config.attention)
-    cells = sweep(store, task, config)
-    linear, knn = best_linear(store.tensor, cells, task, config), best(cells, "knn")
-    score, head = score_linear("linear", linear, store[linear.layer, linear.level], task, config)
-    scores = [score, score_knn("kNN", knn, store[knn.layer, knn.level], task, config)]
-    heads: dict[str, nn.Module] = {"linear": head}
-    if maps is not None:
-        chosen = (linear.layer, linear.level) if maps is store else (maps.layers[0], next(iter(maps.levels)))
-        wanted = (config.attention.layer, config.attention.level)
-        layer, level = maps.key(*(c if w is None else w for w, c in zip(wanted, chosen, strict=True)))
-        score, heads["attention"] = train_attention(
-            maps, layer, level, task, config.attention, out / "attention", config.seed
-        )
-        scores.append(score)
-    metrics = collect(f"{store.meta['backbone']['name']} on {store.meta['data']['path']}", store, task, cells, scores)
-    write_results(out, config, config.seed, metrics)
-    save_heads(out, heads)
-    write_report(out)
-    return metrics
+    probe = Probe(FeatureStore(config.store), config)
+    probe.sweep()
+    for head in config.heads:
+        for kind in config.combine:
+            probe.score(head, kind)
+    for name in config.trained:
+        probe.train(name)
+    return probe.finish()
 
 
-def _maps(store: FeatureStore, config: AttentionConfig) -> FeatureStore:
-    """Opens the store of the attention head's maps and checks, before any work is done, that it can serve."""
-    maps = store if config.store is None else FeatureStore(config.store)
-    if maps.ids != store.ids:
-        raise StoreError(f"{maps.path} and {store.path} hold different samples; extract both from the same data")
-    layer = maps.layers[0] if config.layer is None else config.layer
-    maps.key(layer, next(iter(maps.levels)) if config.level is None else config.level)
-    return maps
+class Probe:
+    """One probe, step by step; `run_probe` is its usual order, and the demo adds baselines in between.
 
+    Args:
+        store: The features.
+        config: What to fit.
+        title: Title of the report; None names backbone and data.
+    """
 
-def collect(
-    title: str,
-    store: FeatureStore,
-    task: Task,
-    cells: Iterable[Cell],
-    scores: Iterable[Score],
-    notes: Iterable[str] = (),
-) -> dict[str, Any]:
-    """Returns the metrics of a probe as JSON values: what the report is drawn from."""
-    return {
-        "title": title,
-        "samples": {
-            "train": len(task.train),
-            "val": len(task.val),
-            "test": len(task.test),
-            "classes": task.classes,
-        },
-        "layers": [{"name": name, **about} for name, about in store.meta["layers"].items()],
-        "levels": [{"key": key, "time": level.time, "sigma": level.sigma} for key, level in store.levels.items()],
-        "cells": [asdict(cell) for cell in cells],
-        "scores": [score.plain() for score in scores],
-        "notes": list(notes),
-    }
+    def __init__(self, store: FeatureStore, config: ProbeConfig, title: str | None = None):
+        dist.state()
+        self.store, self.config = store, config
+        self.out = config.folder
+        self.title = title or f"{store.meta['backbone']['name']} on {store.meta['data']['path']}"
+        self.seeds = [config.seed + number for number in range(config.seeds)]
+        self.tasks = [make_task(store, config, seed) for seed in self.seeds]
+        self.readings = readings(store, config)
+        # What cannot work is told before any work is done.
+        check_low_data(self.task, config)
+        self.stores = {name: self._store_of(name, head) for name, head in config.trained.items()}
+        self.sweeps: list[list[Judged]] = []
+        self.results: list[Result] = []
+        self.heads: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
+        self.low: list[dict[str, Any]] = []
 
+    @property
+    def task(self) -> Task:
+        """The samples' roles with the first seed."""
+        return self.tasks[0]
 
-def save_heads(out: Path, heads: dict[str, nn.Module]) -> None:
-    """Writes each head's state dict to `head-NAME.safetensors`."""
-    for name, head in heads.items():
-        save_file(
-            {key: value.contiguous() for key, value in head.state_dict().items()}, out / f"head-{name}.safetensors"
-        )
+    def read(self, reading: Reading) -> torch.Tensor:
+        """Returns the features of a reading of the store, (N, D)."""
+        return reading.read(self.store)
+
+    def sweep(self) -> None:
+        """Judges every head on every reading, with every seed."""
+        self.sweeps = [
+            sweep(self.read, self.readings, task, self.config, seed)
+            for task, seed in zip(self.tasks, self.seeds, strict=True)
+        ]
+
+    def score(self, head: str, kind: str = "single") -> Judged | None:
+        """Chooses and scores one head among the readings of one kind; returns what the first seed chose.
+
+        Returns None where no reading is of this kind, as with one layer only.
+        """
+        among = [[one for one in judged if one.reading.combine == kind] for judged in self.sweeps]
+        if not among[0]:
+            return None
+        name = NAMES[head] + {"single": "", "layers": ", all layers", "levels": ", all levels", "all": ", all"}[kind]
+        chosen = self.add(name, head, among)
+        wanted = self.config.low_data
+        if wanted and head in wanted.heads and kind == "single" and dist.state().is_main_process:
+            self.low += low_data(self.read(chosen.reading), chosen, self.task, self.config, self.config.seed)
+        return chosen
+
+    def add(self, name: str, head: str, among: list[list[Judged]], read: Read | None = None) -> Judged:
+        """Chooses among judged readings of each seed, scores the choice and keeps the result.
+
+        Args:
+            name: For tables.
+            head: Which head.
+            among: Judged readings of each seed.
+            read: Gives the features of a reading; None reads the store.
+
+        Returns:
+            What the first seed chose.
+        """
+        read, runs = read or self.read, []
+        for judged, task, seed in zip(among, self.tasks, self.seeds, strict=True):
+            chosen = choose(read, judged, head, task, self.config, seed)
+            # Others than the main process only need to know what was chosen.
+            runs.append((chosen, self._scored(read, chosen, task, seed)))
+        first, scored = runs[0]
+        if scored is not None:
+            setting = dict(first.setting)
+            if len({(one.reading, str(one.setting)) for one, _ in runs}) > 1:
+                setting["choices"] = [f"{one.reading} {one.setting}" for one, _ in runs]
+            kept = [(one.val, run.scores) for one, run in runs]
+            self._keep(name, head, first.reading, kept, first.dim, setting, scored.head)
+        return first
+
+    def baseline(self, name: str, read: Read, among: list[Reading], head: str = "logistic") -> Judged:
+        """Judges, chooses and scores one head on features from elsewhere, such as pixels, of the same samples.
+
+        Args:
+            name: For tables.
+            read: Gives the features (N, D) of a reading.
+            among: The readings to choose from.
+            head: Which head.
+        """
+        config = self.config.model_copy(update={"heads": (head,)})
+        judged = [sweep(read, among, task, config, seed) for task, seed in zip(self.tasks, self.seeds, strict=True)]
+        return self.add(f"{NAMES[head]} on {name}", head, judged, read)
+
+    def train(self, name: str, store: FeatureStore | None = None) -> None:
+        """Trains the head `config.trained[name]` with every seed and scores it.
+
+        Args:
+            name: Which.
+            store: Where its features are, of the same samples; None takes the store that the config names.
+        """
+        config, store = self.config.trained[name], store or self.stores[name]
+        pairs = self._pairs(name, config, store)
+        kind = config.kind or name
+        from diffrep.probe.trained import train_head
+
+        trained = [
+            train_head(
+                kind, store, pairs, task, config, self.out / "trained" / name / f"seed-{seed}", seed, self.measure.name
+            )
+            for task, seed in zip(self.tasks, self.seeds, strict=True)
+        ]
+        if dist.state().is_main_process:
+            layers, levels = list(dict.fromkeys(p[0] for p in pairs)), list(dict.fromkeys(p[1] for p in pairs))
+            reading = Reading(" + ".join(layers), " + ".join(levels), tuple(pairs), config.pool)
+            runs = [(one.val, one.scores) for one in trained]
+            self._keep(name, kind, reading, runs, None, trained[0].setting, trained[0].head, store)
+
+    @property
+    def measure(self) -> Measure:
+        """The number that is chosen by and reported."""
+        return Measure(self.config.metric, self.task)
+
+    def metrics(self, notes: list[str]) -> dict[str, Any]:
+        """Returns everything that was measured, as JSON values: what the report is drawn from."""
+        store, task = self.store, self.task
+        best = max(self.results, key=lambda result: result.score.val)
+        return {
+            "title": self.title,
+            "metric": self.measure.name,
+            "names": store.classes,
+            "samples": {
+                "train": len(task.train),
+                "val": len(task.val),
+                "test": len(task.test),
+                "classes": task.classes,
+                "seeds": len(self.seeds),
+            },
+            "layers": [{"name": name, **about} for name, about in store.meta["layers"].items()],
+            "levels": [{"key": key, "time": level.time, "sigma": level.sigma} for key, level in store.levels.items()],
+            "costs": store.meta.get("costs"),
+            "cells": cells_of(self.sweeps, store),
+            "scores": [result.score.plain() for result in self.results],
+            "low_data": self.low,
+            "gallery": gallery(best, task),
+            "notes": notes,
+        }
+
+    def finish(self, notes: list[str] | None = None) -> dict[str, Any]:
+        """Writes the run folder and returns the metrics; only the main process writes."""
+        if not dist.state().is_main_process:
+            return {}
+        metrics = self.metrics(notes or [])
+        pictures: dict[str, Any] = {}
+        rows = list(dict.fromkeys(row for group in metrics["gallery"] for row in group["rows"]))
+        if rows:
+            try:
+                images = open_store_images(self.store, self.config)
+                shown = thumbnails(images, [self.store.ids[self.task.test[row]] for row in rows])
+                pictures = {"thumbnails": shown, "thumbnail_rows": rows}
+            except DiffrepError as error:
+                first = str(error).splitlines()[0]
+                metrics["notes"].append(f"The report shows no test images, because they were not found again: {first}")
+        write_results(self.out, self.config, self.config.seed, metrics)
+        save_arrays(self.out, self.store.ids, self.results, self.task, pictures)
+        self._write_trials()
+        for name, (head, about) in self.heads.items():
+            save_head(head, self.out / "heads" / name.replace(", ", "-").replace(" ", "-"), about)
+        write_report(self.out)
+        return metrics
+
+    def _scored(self, read: Read, chosen: Judged, task: Task, seed: int) -> Scored | None:
+        if not dist.state().is_main_process:
+            return None
+        return score(read(chosen.reading), chosen, task, self.config, seed)
+
+    def _keep(
+        self,
+        name: str,
+        head: str,
+        reading: Reading,
+        runs: list[tuple[float, torch.Tensor]],
+        dim: int | None,
+        setting: dict[str, Any],
+        module: nn.Module | None,
+        store: FeatureStore | None = None,
+    ) -> None:
+        store = store or self.store
+        cost = cost_of(reading.pairs, store)
+        metric, seed = self.config.metric, self.config.seed
+        result = summarise(name, head, reading, runs, self.task, metric, seed, dim, cost, setting)
+        self.results.append(result)
+        if module is not None and reading.pairs:
+            self.heads[name] = (module, _about(result, reading, store, self.measure.name))
+
+    def _store_of(self, name: str, config: TrainedConfig) -> FeatureStore:
+        """Opens the store a trained head reads and checks that it can serve."""
+        store = self.store if config.store is None else FeatureStore(config.store)
+        if store.ids != self.store.ids:
+            both = set(store.ids) & set(self.store.ids)
+            raise StoreError(
+                f"trained.{name}: {store.path} holds {len(store.ids):,} samples and {self.store.path} "
+                f"{len(self.store.ids):,}, {len(both):,} of them in both; extract both from the same data"
+            )
+        layers, levels = config.layers or store.layers, config.levels or list(store.levels)
+        for layer in layers:
+            for level in levels:
+                store.key(layer, level)
+        if config.store and len(layers) * len(levels) > 1 and (config.kind or name) != "difformer":
+            raise ConfigError(
+                f"trained.{name} reads one layer and level and {store.path} holds several; name layers and levels"
+            )
+        return store
+
+    def _pairs(self, name: str, config: TrainedConfig, store: FeatureStore) -> list[tuple[str, str]]:
+        layers, levels = config.layers, config.levels
+        if (config.kind or name) == "difformer":
+            layers, levels = layers or store.layers, levels or list(store.levels)
+        elif layers is None or levels is None:
+            single = [one for one in self.sweeps[0] if one.reading.combine == "single"]
+            linear = [one for one in single if one.head == "logistic"] or single
+            if linear and config.store is None:
+                best = max(linear, key=lambda one: one.val).reading
+                layers, levels = layers or (best.layer,), levels or (best.level,)
+            else:
+                layers, levels = layers or tuple(store.layers), levels or tuple(store.levels)
+        return list(dict.fromkeys(store.key(layer, level) for layer in layers for level in levels))
+
+    def _write_trials(self) -> None:
+        with (self.out / "trials.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["seed", "layer", "level", "pool", "dim", "head", "setting", "validation"])
+            for seed, judged in zip(self.seeds, self.sweeps, strict=True):
+                for one in judged:
+                    where = [one.reading.layer, one.reading.level, one.reading.pool or "stored", one.dim, one.head]
+                    for setting, value in one.trials:
+                        writer.writerow([seed, *where, json.dumps(setting), value])
 
 
 def table(metrics: dict[str, Any]) -> str:
     """Returns the scores as a text table."""
     rows = [("head", "features", "level", "val", "test", "95 % interval")]
-    for score in sorted(metrics["scores"], key=lambda score: -score["test"]):
-        low, high = score["interval"]
+    for one in sorted(metrics["scores"], key=lambda one: -one["test"]):
+        low, high = one["interval"]
+        test = f"{one['test']:.3f}" + (f" ± {one['error']:.3f}" if one["error"] is not None else "")
+        pool = "" if one["pool"] is None else f" {one['pool']}x{one['pool']}"
         rows.append(
             (
-                score["name"],
-                score["layer"],
-                score["level"] or "-",
-                f"{score['val']:.3f}",
-                f"{score['test']:.3f}",
+                one["name"],
+                one["layer"] + pool,
+                one["level"] or "-",
+                f"{one['val']:.3f}",
+                test,
                 f"{low:.3f} - {high:.3f}",
             )
         )
@@ -114,3 +317,18 @@ def table(metrics: dict[str, Any]) -> str:
     return "\n".join(
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _about(result: Result, reading: Reading, store: FeatureStore, metric: str) -> dict[str, Any]:
+    """Returns the facts that stand beside a saved head."""
+    request = store.meta["request"]
+    facts = {
+        "backbone": store.meta["backbone"]["name"],
+        "layers": list(dict.fromkeys(layer for layer, _ in reading.pairs)),
+        "levels": list(dict.fromkeys(level for _, level in reading.pairs)),
+        **{key: request[key] for key in ("draws", "pool", "noise", "posterior", "tokens", "seed") if key in request},
+        "read_pool": reading.pool,
+        "dataset": store.meta["data"]["path"],
+        metric: result.score.test,
+    }
+    return facts | ({"class_names": store.classes} if store.classes else {})

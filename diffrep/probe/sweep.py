@@ -1,226 +1,160 @@
-"""Judges every (layer, level) of a store: fit on train, choose on validation, report the chosen on test."""
+"""The sweep: every head on every reading, chosen on validation, the chosen ones scored once on test."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
+from accelerate.utils import gather_object
+from torch import nn
 from tqdm import tqdm
 
+from diffrep import dist
 from diffrep.config import ProbeConfig
-from diffrep.errors import ConfigError, DataError, DiffrepError
-from diffrep.heads import LinearHead
-from diffrep.metrics import accuracy, bootstrap_interval
-from diffrep.probe.logistic import LogisticPath
-from diffrep.probe.neighbours import knn_scores
-from diffrep.probe.split import stratified_folds, stratified_split
-from diffrep.store import FeatureStore
+from diffrep.probe.measure import Measure
+from diffrep.probe.methods import LINEAR, Setting, fit, settings_of
+from diffrep.probe.reading import Reading
+from diffrep.probe.split import stratified_folds
+from diffrep.probe.task import Task
+
+Read = Callable[[Reading], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Task:
-    """Labels and who is who: the samples that heads are fitted on, chosen on and scored on.
+class Judged:
+    """One head on one reading, on the validation samples.
 
     Attributes:
-        labels: (N,) int64 of all samples.
-        classes: Number of classes.
-        train: Positions heads are fitted on.
-        val: Positions settings are chosen on, taken from the training split.
-        test: Positions scored once.
-    """
-
-    labels: torch.Tensor
-    classes: int
-    train: np.ndarray
-    val: np.ndarray
-    test: np.ndarray
-
-    @property
-    def fit(self) -> np.ndarray:
-        """Positions of train and val: what the chosen settings are fitted on before the test."""
-        return np.sort(np.concatenate([self.train, self.val]))
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Validation results of one (layer, level).
-
-    Attributes:
-        layer: Address, or the name of a baseline such as "pixels".
-        level: Canonical level.
-        linear: Best validation accuracy over the penalties.
-        penalty: The penalty that gave it.
-        knn: Best validation accuracy over k.
-        neighbours: The k that gave it.
+        reading: What it read.
+        head: "logistic", "sgd", "ridge", "knn" or "ncm".
+        val: Best validation score over the settings.
+        interval: 95 % bootstrap interval of `val`.
+        setting: The setting that gave it; the first of equals.
         dim: Length of the flattened features.
+        trials: Every setting and its validation score.
     """
 
-    layer: str
-    level: str
-    linear: float
-    penalty: float
-    knn: float
-    neighbours: int
+    reading: Reading
+    head: str
+    val: float
+    interval: tuple[float, float]
+    setting: Setting
     dim: int
+    trials: tuple[tuple[Setting, float], ...] = field(repr=False)
 
 
-@dataclass
-class Score:
-    """A head on the test split.
+@dataclass(frozen=True)
+class Scored:
+    """A chosen head on the test samples.
 
     Attributes:
-        name: What it is, for tables.
-        head: "linear", "knn" or "attention".
-        layer: Address or name of a baseline.
-        level: Canonical level.
-        val: Validation accuracy it was chosen by.
-        test: Test accuracy.
-        interval: 95 % bootstrap interval of the test accuracy.
-        setting: The chosen penalty, k or training settings.
+        judged: What was chosen, and the validation score it was chosen by.
+        scores: Scores (M, K) of the test samples, in the order of `task.test`.
+        head: The fitted head as a module, where it is one.
     """
 
-    name: str
-    head: str
-    layer: str
-    level: str
-    val: float
-    test: float
-    interval: tuple[float, float]
-    setting: dict[str, object] = field(default_factory=dict)
-
-    def plain(self) -> dict[str, object]:
-        """Returns the score as JSON values."""
-        return {**asdict(self), "interval": list(self.interval)}
+    judged: Judged
+    scores: torch.Tensor
+    head: nn.Module | None
 
 
-def make_task(store: FeatureStore, config: ProbeConfig) -> Task:
-    """Finds training, validation and test samples of a store.
-
-    Raises:
-        DataError: The store has no labels, one class only, or a class without training samples.
-        UnknownNameError: A split is not in the store.
-    """
-    if store.labels is None:
-        raise DataError(f"the store {store.path} has no labels; a probe needs them")
-    train = store.rows(config.train_split)
-    if config.test_split is None:
-        keep, held = stratified_split(store.labels[train], config.test_fraction, config.seed + 1)
-        train, test = train[keep], train[held]
-    elif config.test_split == config.train_split:
-        raise ConfigError("test_split is the training split; use test_split=null to hold out a part of it")
-    else:
-        test = store.rows(config.test_split)
-    classes = np.unique(store.labels[train])
-    if len(classes) < 2:
-        raise DataError(f"the training split holds one class only ({classes.tolist()}); a probe needs two")
-    strange = np.setdiff1d(store.labels[test], classes)
-    if len(strange):
-        raise DataError(f"classes {strange.tolist()} are in the test split and not in the training split")
-    fit, val = stratified_split(store.labels[train], config.val_fraction, config.seed)
-    labels = torch.from_numpy(store.labels)
-    return Task(labels, int(labels.max()) + 1, train[fit], train[val], test)
-
-
-def sweep(
-    store: FeatureStore, task: Task, config: ProbeConfig, pairs: Iterable[tuple[str, str]] | None = None
-) -> list[Cell]:
-    """Fits a logistic regression and kNN on every (layer, level) and scores them on the validation samples.
+def sweep(read: Read, wanted: Iterable[Reading], task: Task, config: ProbeConfig, seed: int) -> list[Judged]:
+    """Judges every head on every reading. Processes share the readings, and each gets the whole result.
 
     Args:
-        store: Features.
+        read: Gives the features (N, D) of a reading, such as `lambda reading: reading.read(store)`.
+        wanted: The readings.
         task: Who is who.
-        config: Penalties, k and limits.
-        pairs: (layer, level) pairs; None takes all of the store.
+        config: Heads and their settings.
+        seed: Seeds heads that draw first weights and orders.
     """
-    pairs = list(pairs or ((layer, level) for layer in store.layers for level in store.levels))
-    return [
-        judge(layer, level, store.tensor(layer, level), task, config)
-        for layer, level in tqdm(pairs, "probe", unit="cell")
-    ]
+    wanted = list(wanted)
+    state = dist.state()
+    mine = range(state.process_index, len(wanted), state.num_processes)
+    bar = tqdm(mine, dist.label("probe"), unit="reading", disable=not state.is_main_process)
+    judged = [(number, judge(wanted[number], read(wanted[number]), task, config, seed)) for number in bar]
+    if state.num_processes > 1:
+        judged = sorted(gather_object(judged), key=lambda pair: pair[0])
+    return [one for _, heads in judged for one in heads]
 
 
-def judge(layer: str, level: str, features: torch.Tensor, task: Task, config: ProbeConfig) -> Cell:
-    """Scores one set of features (N, ...) on the validation samples."""
-    features = features.flatten(1).float()
-    if not torch.isfinite(features).all():
-        raise DiffrepError(f"the features of {layer}@{level} hold NaN or infinity")
-    train, val, labels = features[task.train], features[task.val], task.labels
-    path = LogisticPath(config.strengths, config.max_iter).fit(train, labels[task.train], task.classes)
-    linear = [accuracy(scores.argmax(1), labels[task.val]) for scores in path.scores(val)]
-    votes = knn_scores(train, labels[task.train], val, task.classes, config.neighbours, config.temperature)
-    knn = {k: accuracy(vote.argmax(1), labels[task.val]) for k, vote in votes.items()}
-    strength, k = int(np.argmax(linear)), max(knn, key=knn.get)
-    return Cell(layer, level, linear[strength], config.strengths[strength], knn[k], k, features.shape[1])
-
-
-def best(cells: list[Cell], head: str) -> Cell:
-    """Returns the cell with the highest validation accuracy; the first of equals."""
-    return max(cells, key=lambda cell: getattr(cell, head))
-
-
-def best_linear(read: Callable[[str, str], torch.Tensor], cells: list[Cell], task: Task, config: ProbeConfig) -> Cell:
-    """Chooses the (layer, level) and penalty of the linear probe.
-
-    One validation split of a small set is a noisy judge of many cells, and the best of many noisy numbers is mostly
-    luck. So the best few are judged again by cross-validation over training and validation samples together.
+def judge(reading: Reading, features: torch.Tensor, task: Task, config: ProbeConfig, seed: int) -> list[Judged]:
+    """Fits every head with every setting on the training samples and scores it on the validation samples.
 
     Args:
-        read: Gives the features (N, ...) of a (layer, level), such as `store.tensor`.
-        cells: Validation results.
+        reading: Names what the features are.
+        features: Of all samples, (N, D).
         task: Who is who.
-        config: Penalties and limits.
+        config: Heads and their settings.
+        seed: Seeds heads that draw.
+    """
+    train, val = (on_device(features, rows, config) for rows in (task.train, task.val))
+    labels, measure = task.labels[task.train].to(train.device), Measure(config.metric, task)
+    found = []
+    for name in config.heads:
+        settings = settings_of(name, config)
+        scores = fit(name, train, labels, task.classes, settings, config, seed).scores(val)
+        values = [measure(one.cpu(), task.labels[task.val]) for one in scores]
+        top = max(range(len(values)), key=values.__getitem__)
+        interval = measure.interval(scores[top].cpu(), task.labels[task.val], config.seed)
+        trials = tuple(zip(settings, values, strict=True))
+        found.append(Judged(reading, name, values[top], interval, settings[top], features.shape[1], trials))
+    return found
+
+
+def choose(read: Read, judged: list[Judged], head: str, task: Task, config: ProbeConfig, seed: int) -> Judged:
+    """Chooses reading and setting of a head.
+
+    One validation split of a small set is a noisy judge of many readings, and the best of many noisy numbers is mostly
+    luck. So the best few of a linear head are judged again by cross-validation over training and validation samples.
 
     Returns:
-        The winner; its `linear` is the cross-validated accuracy when there were several finalists.
+        The winner, the first of equals; its `val` is the cross-validated score when there were several finalists.
     """
-    ranked = sorted(cells, key=lambda cell: -cell.linear)[: config.finalists]
-    if config.finalists == 1:
+    ranked = sorted((one for one in judged if one.head == head), key=lambda one: -one.val)
+    if head not in LINEAR or min(config.finalists, len(ranked)) == 1 or config.val_split is not None:
         return ranked[0]
-    labels = task.labels[task.fit]
-    fold = stratified_folds(labels.numpy(), config.folds, config.seed)
-    judged = []
-    for cell in tqdm(ranked, "cross-validation", unit="cell"):
-        features = read(cell.layer, cell.level)[task.fit].flatten(1).float()
-        hits = torch.zeros(len(config.strengths))
-        for number in range(config.folds):
-            inside, outside = torch.from_numpy(fold != number), torch.from_numpy(fold == number)
-            path = LogisticPath(config.strengths, config.max_iter).fit(features[inside], labels[inside], task.classes)
-            hits += (path.scores(features[outside]).argmax(-1) == labels[outside]).sum(1)
-        strength = int(hits.argmax())
-        judged.append(replace(cell, linear=hits[strength].item() / len(labels), penalty=config.strengths[strength]))
-    return best(judged, "linear")
+    finalists = ranked[: config.finalists]
+    state = dist.state()
+    mine = range(state.process_index, len(finalists), state.num_processes)
+    bar = tqdm(mine, f"cross-validation of {head}", unit="reading", disable=not state.is_main_process)
+    again = [(number, _cross_validate(finalists[number], read, task, config, seed)) for number in bar]
+    if state.num_processes > 1:
+        again = sorted(gather_object(again), key=lambda pair: pair[0])
+    return max((one for _, one in again), key=lambda one: one.val)
 
 
-def score_linear(
-    name: str, cell: Cell, features: torch.Tensor, task: Task, config: ProbeConfig
-) -> tuple[Score, LinearHead]:
-    """Fits the cell's chosen penalty on train and validation samples together and scores it on test."""
-    features = features.flatten(1).float()
-    path = LogisticPath((cell.penalty,), config.max_iter).fit(features[task.fit], task.labels[task.fit], task.classes)
-    correct = path.scores(features[task.test])[0].argmax(1) == task.labels[task.test]
-    score = _score(name, "linear", cell, cell.linear, correct, {"penalty": cell.penalty, "dim": cell.dim}, config.seed)
-    return score, path.head(0)
+def _cross_validate(one: Judged, read: Read, task: Task, config: ProbeConfig, seed: int) -> Judged:
+    features, labels = read(one.reading)[task.fit], task.labels[task.fit]
+    settings = settings_of(one.head, config)
+    strata = torch.zeros(len(labels)) if task.multilabel else labels
+    fold = torch.from_numpy(stratified_folds(strata.numpy(), config.folds, seed))
+    held = [torch.empty(len(labels), task.classes) for _ in settings]
+    for number in range(config.folds):
+        inside, outside = torch.nonzero(fold != number)[:, 0], torch.nonzero(fold == number)[:, 0]
+        x = on_device(features, inside, config)
+        fitted = fit(one.head, x, labels[inside].to(x.device), task.classes, settings, config, seed)
+        for scores, part in zip(held, fitted.scores(on_device(features, outside, config)), strict=True):
+            scores[outside] = part.cpu()
+    measure = Measure(config.metric, task)
+    values = [measure(scores, labels) for scores in held]
+    top = max(range(len(values)), key=values.__getitem__)
+    return replace(one, val=values[top], setting=settings[top])
 
 
-def score_knn(name: str, cell: Cell, features: torch.Tensor, task: Task, config: ProbeConfig) -> Score:
-    """Scores the cell's chosen k on test, with train and validation samples as neighbours."""
-    votes = knn_scores(
-        features[task.fit],
-        task.labels[task.fit],
-        features[task.test],
-        task.classes,
-        (cell.neighbours,),
-        config.temperature,
-    )
-    correct = votes[cell.neighbours].argmax(1) == task.labels[task.test]
-    return _score(name, "knn", cell, cell.knn, correct, {"k": cell.neighbours, "dim": cell.dim}, config.seed)
+def score(features: torch.Tensor, chosen: Judged, task: Task, config: ProbeConfig, seed: int) -> Scored:
+    """Fits the chosen setting on training and validation samples together and scores the test samples."""
+    x = on_device(features, task.fit, config)
+    labels = task.labels[task.fit].to(x.device)
+    fitted = fit(chosen.head, x, labels, task.classes, [chosen.setting], config, seed)
+    scores = fitted.scores(on_device(features, task.test, config))[0].cpu()
+    return Scored(chosen, scores, fitted.head(0) if fitted.head else None)
 
 
-def _score(
-    name: str, head: str, cell: Cell, val: float, correct: torch.Tensor, setting: dict[str, object], seed: int
-) -> Score:
-    hits = correct.numpy()
-    interval = bootstrap_interval(hits, seed)
-    return Score(name, head, cell.layer, cell.level, val, float(hits.mean()), interval, setting)
+def on_device(features: torch.Tensor, rows: object, config: ProbeConfig) -> torch.Tensor:
+    """Returns some rows of features (N, ...), flattened, in fp32, where the config wants heads to be fitted."""
+    device = config.device
+    if device == "auto":
+        device = dist.state().device
+    return features[rows].flatten(1).float().to(device)

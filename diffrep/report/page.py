@@ -2,140 +2,130 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
 
 from diffrep.config import read_results
+from diffrep.report import formats
+from diffrep.report.axes import score_axis
+from diffrep.report.colours import ACCENT, INK, KINDS
+from diffrep.report.confusion import bars, confusion
+from diffrep.report.curves import level_curves, low_data
+from diffrep.report.gallery import gallery, pictures
+from diffrep.report.heat import grids, heat_map
+from diffrep.report.pareto import pareto
+from diffrep.report.search import race
 
 PICTURES = "pictures.npz"
-# Ends and middle of the heat map's colour scale, light to dark, chosen to stay readable in grey.
-SCALE = ((247, 251, 255), (107, 174, 214), (8, 48, 107))
-LINES = ("#1b6ca8", "#d1495b", "#2e933c", "#edae49", "#7b4b94", "#3d405b", "#00a6a6", "#a05a2c", "#8d99ae", "#222222")
+ARRAYS = "arrays.npz"
+CARDS = 8
+FILTERS = ("score", "count", "percent", "flops", "size", "forwards", "setting", "shortened")
 
 
 def write_report(folder: str | Path) -> Path:
     """Writes report.html into a run folder.
 
+    Sections whose results are missing are left out.
+
     Args:
-        folder: Folder with results.json and, optionally, pictures.npz.
+        folder: Folder with results.json and, optionally, arrays.npz (predictions and thumbnails) and pictures.npz
+            (feature maps as colours).
 
     Returns:
         The path of report.html.
 
     Raises:
-        ConfigError: There is no results.json.
+        ConfigError: There is no results.json, or it cannot be read.
     """
     folder = Path(folder)
     results = read_results(folder)
-    metrics = results["metrics"]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("diffrep.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.globals.update(accent=ACCENT, ink=INK, blue=KINDS[0])
+    environment.filters.update({name: getattr(formats, name) for name in FILTERS})
     page = environment.get_template("page.html.jinja").render(
-        results=results,
-        metrics=metrics,
-        scores=sorted(metrics["scores"], key=lambda score: -score["test"]),
-        maps=[_heat_map(metrics, head) for head in ("linear", "knn")],
-        curves=_curves(metrics, "linear"),
-        pictures=_pictures(folder / PICTURES),
+        results=results, metrics=results["metrics"], **figures(results["metrics"], folder)
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _heat_map(metrics: dict[str, Any], head: str) -> dict[str, Any]:
-    values = {(cell["layer"], cell["level"]): cell[head] for cell in metrics["cells"]}
-    low, high = min(values.values()), max(values.values())
-    winner = next(
-        ((s["layer"], s["level"]) for s in metrics["scores"] if s["head"] == head), max(values, key=values.get)
-    )
-    rows = []
-    for layer in metrics["layers"]:
-        cells = []
-        for level in metrics["levels"]:
-            value = values.get((layer["name"], level["key"]))
-            share = 0.0 if value is None or high == low else (value - low) / (high - low)
-            cells.append(
-                {
-                    "value": value,
-                    "colour": _colour(share),
-                    "dark": share > 0.55,
-                    "best": (layer["name"], level["key"]) == winner,
-                }
-            )
-        rows.append({"layer": layer, "cells": cells})
-    return {"head": head, "rows": rows}
-
-
-def _colour(share: float) -> str:
-    half = share * 2
-    start, end = (SCALE[0], SCALE[1]) if half <= 1 else (SCALE[1], SCALE[2])
-    part = half if half <= 1 else half - 1
-    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(start, end, strict=True))
-
-
-def _curves(metrics: dict[str, Any], head: str) -> dict[str, Any]:
-    """Lays out validation accuracy over levels, one line a layer, as points of an SVG of 640 x 300."""
-    values = {(cell["layer"], cell["level"]): cell[head] for cell in metrics["cells"]}
-    low, high = min(values.values()), max(values.values())
-    ticks = [
-        tick for tick in np.arange(np.floor(low * 50) / 50, high + 0.02, 0.02) if low - 0.02 <= tick <= high + 0.02
-    ]
-    bottom, top = ticks[0], ticks[-1]
-    levels = metrics["levels"]
-    across = [60 + i * (560 / max(1, len(levels) - 1)) for i in range(len(levels))]
-
-    def height(value: float) -> float:
-        return 260 - 240 * (value - bottom) / max(1e-9, top - bottom)
-
-    lines = []
-    for number, layer in enumerate(metrics["layers"]):
-        points = [
-            (x, height(values[layer["name"], level["key"]]))
-            for x, level in zip(across, levels, strict=True)
-            if (layer["name"], level["key"]) in values
-        ]
-        lines.append(
-            {
-                "name": layer["name"],
-                "colour": LINES[number % len(LINES)],
-                "dashed": number >= len(LINES),
-                "points": [(f"{x:.1f}", f"{y:.1f}") for x, y in points],
-            }
-        )
-    every = max(1, len(ticks) // 8)
+def figures(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns every figure of the page, laid out; None or empty where its results are missing."""
+    maps = grids(metrics)
+    arrays = _load(folder / ARRAYS)
+    names = _class_names(metrics)
+    best = max(metrics.get("scores", []), key=lambda score: score["val"], default=None)
     return {
-        "lines": lines,
-        "x": [{"at": f"{x:.1f}", "text": level["key"]} for x, level in zip(across, levels, strict=True)],
-        "y": [{"at": f"{height(tick):.1f}", "text": f"{tick:.2f}"} for tick in ticks[::every]],
+        "metric": formats.METRICS.get(metrics.get("metric", "accuracy"), metrics.get("metric")),
+        "best": best,
+        "cards": sorted(metrics.get("scores", []), key=lambda score: -score["val"])[:CARDS],
+        "heads": _heads(metrics),
+        "maps": [heat_map(metrics, grid) for grid in maps],
+        "curves": level_curves(metrics, maps[0]) if maps else None,
+        "pareto": pareto(metrics, maps[0].head) if maps else [],
+        "main": formats.HEADS.get(maps[0].head, maps[0].head) if maps else "",
+        "low_data": low_data(metrics),
+        "classes": _classes(metrics, arrays, names),
+        "gallery": gallery(metrics, arrays, names) if "labels" in arrays else [],
+        "race": race(metrics),
+        "pictures": pictures(folder / PICTURES),
     }
 
 
-def _pictures(file: Path) -> list[dict[str, Any]]:
-    """Reads colour maps: arrays "layer@level" (N, h, w, 3) for the N images of array "images" (N, H, W)."""
+def _load(file: Path) -> dict[str, np.ndarray]:
     if not file.exists():
-        return []
-    arrays = np.load(file, allow_pickle=False)
-    images = [_png(image) for image in arrays["images"]]
-    layers, levels = arrays["layers"].tolist(), arrays["levels"].tolist()
-    grids = []
-    for number, image in enumerate(images):
-        rows = [
-            {"layer": layer, "cells": [_png(arrays[f"{layer}@{level}"][number]) for level in levels]}
-            for layer in layers
-        ]
-        grids.append({"image": image, "rows": rows, "levels": levels})
-    return grids
+        return {}
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
-def _png(pixels: np.ndarray) -> str:
-    packed = io.BytesIO()
-    Image.fromarray(pixels).save(packed, "PNG")
-    return base64.b64encode(packed.getvalue()).decode()
+def _class_names(metrics: dict[str, Any]) -> list[str]:
+    classes = (metrics.get("samples") or {}).get("classes", 0)
+    return [str(name) for name in metrics.get("names") or range(classes)]
+
+
+def _heads(metrics: dict[str, Any]) -> dict[str, Any] | None:
+    """Lays out the table of heads, with the intervals on one common axis, best on validation first."""
+    scores = sorted(metrics.get("scores", []), key=lambda score: -score["val"])
+    if not scores:
+        return None
+    axis = score_axis([value for score in scores for value in (score["test"], *score["interval"])], 2, 118)
+    columns = {
+        key: any(score.get(key) is not None for score in scores)
+        for key in ("pool", "top5", "mean_per_class", "forwards", "bytes")
+    }
+    if metrics.get("metric") == "mean_per_class":  # it would be the same column twice
+        columns["mean_per_class"] = False
+    rows = [
+        {
+            **dict.fromkeys((*columns, "error")),
+            **score,
+            "seeds": len(score.get("tests") or [0]),
+            "marks": [axis.at(value) for value in (score["interval"][0], score["test"], score["interval"][1])],
+        }
+        for score in scores
+    ]
+    return {"rows": rows, "columns": columns, "seeds": max(row["seeds"] for row in rows)}
+
+
+def _classes(metrics: dict[str, Any], arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, Any] | None:
+    """Lays out the classes of the best score whose predictions are at hand, or its score of each label."""
+    ranked = sorted(enumerate(metrics.get("scores", [])), key=lambda pair: -pair[1]["val"])
+    labels = arrays.get("labels")
+    for number, score in ranked:
+        if labels is not None and labels.ndim == 1 and f"predicted.{number}" in arrays:
+            return {"of": score["name"], **confusion(labels, arrays[f"predicted.{number}"], names)}
+        if score.get("per_class"):
+            found = [
+                {"name": name, "value": value, "interval": None}
+                for name, value in zip(names, score["per_class"], strict=True)
+                if value is not None
+            ]
+            return {"of": score["name"], "pairs": [], "matrix": None, **bars(found, "average precision")}
+    return None

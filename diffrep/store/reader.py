@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from diffrep.config import LevelSpec
 from diffrep.errors import StoreError, UnknownNameError
 from diffrep.noise import Level, LevelTable
 from diffrep.store.layout import INDEX, META, info_file, read_json, tensor_file
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class FeatureStore(Dataset):
@@ -31,7 +34,7 @@ class FeatureStore(Dataset):
         layers: Addresses.
         levels: The levels, by canonical key.
         ids: Sample ids.
-        labels: Labels (N,) int64, or None.
+        labels: Labels (N,) int64, (N, L) of 0 and 1 where a sample has several, or None.
         classes: Class names, or None.
 
     Raises:
@@ -115,7 +118,7 @@ class FeatureStore(Dataset):
         sample: dict[str, Any] = {name: self._tensor(unit, name)[row] for name in names}
         sample["id"] = self._infos[unit]["ids"][row]
         if self.labels is not None:
-            sample["label"] = int(self.labels[key])
+            sample["label"] = self._label(key)
         return sample
 
     def dataset(self, layer: str, level: LevelSpec, split: str) -> LayerDataset:
@@ -143,6 +146,35 @@ class FeatureStore(Dataset):
             raise UnknownNameError("layer", layer, self.layers, f"The store is {self.path}")
         return layer, self._table.key(level)
 
+    def to_dataset(
+        self, layer: str | None = None, level: LevelSpec | None = None, split: str | None = None
+    ) -> datasets.Dataset:
+        """Returns the features as a Hugging Face data set: columns "id", "label" and one "layer@level" each.
+
+        It is written row by row to the library's cache (`HF_DATASETS_CACHE`) and mapped from there, so it need not fit
+        into memory. Single labels with known names are a ClassLabel; several labels are a list of 0 and 1, or with
+        known names of ClassLabels. bfloat16, which Arrow lacks, becomes float32.
+
+        Args:
+            layer: Address; None takes all layers.
+            level: Level; None takes all levels.
+            split: Split; None takes all samples.
+
+        Raises:
+            BackendUnavailable: The `datasets` package is not installed.
+            UnknownNameError: The store has no such layer, level or split.
+        """
+        from diffrep.store.interop import to_dataset
+
+        layers = self.layers if layer is None else [layer]
+        levels = self.levels if level is None else [level]
+        names = [self._name(la, le) for la in layers for le in levels]
+        return to_dataset(self, names, np.arange(len(self)) if split is None else self.rows(split))
+
+    def _label(self, row: int) -> int | torch.Tensor:
+        label = self.labels[row]
+        return torch.from_numpy(label) if label.ndim else int(label)
+
     def _name(self, layer: str, level: LevelSpec) -> str:
         return "@".join(self.key(layer, level))
 
@@ -168,7 +200,7 @@ class FeatureStore(Dataset):
 
 
 class LayerDataset(Dataset):
-    """(feature, label) pairs of one (layer, level), over some rows of a store."""
+    """(feature, label) pairs of one (layer, level), over some rows of a store; several labels are a tensor (L,)."""
 
     def __init__(self, store: FeatureStore, name: str, rows: np.ndarray):
         self.store, self.name, self.rows = store, name, rows
@@ -176,7 +208,7 @@ class LayerDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int | torch.Tensor]:
         row = int(self.rows[index])
         unit, place = self.store._locate(row)
-        return self.store._tensor(unit, self.name)[place], int(self.store.labels[row])
+        return self.store._tensor(unit, self.name)[place], self.store._label(row)

@@ -28,7 +28,7 @@ from diffrep.store.layout import (
 # Recorded, and warned about when they change; not part of what a store is.
 VERSIONS = "versions"
 # What a folder or a condition is called, and what a layer costs, do not change a feature.
-BESIDE_THE_POINT = r"backbone\.name|backbone\.cond\.given|data\.path|layers\..*\.cost"
+BESIDE_THE_POINT = r"backbone\.name|backbone\.cond\.given|data\.path|layers\..*\.cost|costs\..*"
 
 
 class StoreWriter:
@@ -65,7 +65,7 @@ class StoreWriter:
         tensors: dict[str, torch.Tensor],
         ids: list[str],
         rows: list[int],
-        labels: list[int] | None,
+        labels: list[int] | list[list[int]] | None,
         skipped: list[dict[str, str]],
     ) -> None:
         """Writes a unit: first its tensors, then the JSON that makes it count.

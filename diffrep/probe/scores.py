@@ -1,0 +1,192 @@
+"""What a probe reports of a head, and what its features cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffrep.metrics import bootstrap_interval, per_class_accuracy, standard_error, top_k
+from diffrep.probe.measure import Measure
+from diffrep.probe.reading import Reading
+from diffrep.probe.sweep import Judged
+from diffrep.probe.task import Task
+from diffrep.store import FeatureStore
+
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the features of one image take.
+
+    Attributes:
+        bytes: Bytes in the store.
+        forwards: Forward passes, a truncated one counted by its share of the network's FLOPs.
+        flops: FLOPs with those of encoding the image; None for stores that do not tell.
+    """
+
+    bytes: int | None = None
+    forwards: float | None = None
+    flops: float | None = None
+
+
+def cost_of(pairs: Iterable[tuple[str, str]], store: FeatureStore) -> Cost:
+    """Returns the least cost of features: each level is one forward, which ends after its deepest layer."""
+    about, costs = store.meta["layers"], store.meta.get("costs")
+    pairs = list(pairs)
+    if not pairs:
+        return Cost()
+    size = BYTES[store.meta["request"].get("dtype", "float16")]
+    taken = sum(prod(about[layer]["shape"]) for layer, _ in pairs) * size
+    deepest: dict[str, float] = {}
+    for layer, level in pairs:
+        deepest[level] = max(deepest.get(level, 0.0), about[layer]["cost"])
+    draws = costs["draws"] if costs else dict.fromkeys(deepest, 1)
+    forwards = sum(share * draws[level] for level, share in deepest.items())
+    flops = costs["encode_flops"] + forwards * costs["network_flops"] if costs else None
+    return Cost(taken, forwards, flops)
+
+
+@dataclass
+class Score:
+    """A head on the test samples.
+
+    Attributes:
+        name: What it is, for tables.
+        head: "logistic", "sgd", "ridge", "knn", "ncm", or the kind of a trained head.
+        layer: Address, "all layers", or the name of a baseline.
+        level: Canonical level, or "all levels".
+        pool: Side its maps were pooled to; None for as stored.
+        val: Validation score it was chosen by; the mean over seeds.
+        test: Test score; the mean over seeds.
+        interval: 95 % bootstrap interval of the test score, over the test samples.
+        tests: Test score of each seed.
+        error: Standard error of the mean over seeds; None for one seed.
+        top5: Top-5 accuracy; None for fewer than six classes and for multi-label data.
+        mean_per_class: Mean over classes of their accuracy; None for multi-label data.
+        dim: Length of the flattened features.
+        cost: What the features of one image cost.
+        setting: What was chosen, or how the head was trained.
+    """
+
+    name: str
+    head: str
+    layer: str
+    level: str
+    pool: int | None
+    val: float
+    test: float
+    interval: tuple[float, float]
+    tests: list[float]
+    error: float | None
+    top5: float | None
+    mean_per_class: float | None
+    dim: int | None
+    cost: Cost
+    setting: dict[str, object] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the score as JSON values, with the cost's among them."""
+        values = asdict(self)
+        return values | values.pop("cost") | {"interval": list(self.interval)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A score and the predictions behind it.
+
+    Attributes:
+        score: The numbers.
+        predicted: Class of each test sample with the first seed, (M,); empty for multi-label data.
+        confidence: Softmax probability of that class, (M,).
+    """
+
+    score: Score
+    predicted: np.ndarray
+    confidence: np.ndarray
+
+
+def summarise(
+    name: str,
+    head: str,
+    reading: Reading,
+    runs: list[tuple[float, torch.Tensor]],
+    task: Task,
+    metric: str,
+    seed: int,
+    dim: int | None,
+    cost: Cost,
+    setting: dict[str, object],
+) -> Result:
+    """Makes a result of a head's validation score and test scores (M, K) with each seed.
+
+    Args:
+        name: For tables.
+        head: Kind of head.
+        reading: What it read.
+        runs: (validation score, test scores (M, K)) of each seed.
+        task: Who is who.
+        metric: "accuracy" or "mean_per_class".
+        seed: Seeds the bootstrap.
+        dim: Length of the flattened features.
+        cost: What they cost.
+        setting: What was chosen.
+    """
+    labels, measure = task.labels[task.test], Measure(metric, task)
+    tests = [measure(scores, labels) for _, scores in runs]
+    first = runs[0][1]
+    if measure.name == "accuracy":
+        hits = np.mean([(scores.argmax(1) == labels).double().numpy() for _, scores in runs], axis=0)
+        interval = bootstrap_interval(hits, seed)
+    else:
+        interval = measure.interval(first, labels, seed)
+    single = not task.multilabel
+    each = [per_class_accuracy(s.argmax(1), labels, task.classes) for _, s in runs] if single else []
+    score = Score(
+        name=name,
+        head=head,
+        layer=reading.layer,
+        level=reading.level,
+        pool=reading.pool,
+        val=float(np.mean([val for val, _ in runs])),
+        test=float(np.mean(tests)),
+        interval=interval,
+        tests=tests,
+        error=standard_error(tests) if len(tests) > 1 else None,
+        top5=float(np.mean([top_k(s, labels, 5) for _, s in runs])) if single and task.classes > 5 else None,
+        mean_per_class=float(np.mean([np.nanmean(one.numpy()) for one in each])) if single else None,
+        dim=dim,
+        cost=cost,
+        setting=setting,
+    )
+    if not single:
+        return Result(score, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))
+    confidence, predicted = first.float().softmax(1).max(1)
+    return Result(score, predicted.numpy(), confidence.numpy())
+
+
+def cells_of(sweeps: list[list[Judged]], store: FeatureStore) -> list[dict[str, Any]]:
+    """Returns the validation results as JSON values: one row for each reading and head, the mean over seeds."""
+    rows = []
+    for same in zip(*sweeps, strict=True):
+        one = same[0]
+        low, high = np.mean([j.interval for j in same], axis=0).tolist()
+        rows.append(
+            {
+                "layer": one.reading.layer,
+                "level": one.reading.level,
+                "pool": one.reading.pool,
+                "dim": one.dim,
+                **asdict(cost_of(one.reading.pairs, store)),
+                "head": one.head,
+                "val": float(np.mean([j.val for j in same])),
+                "interval": [low, high],
+                "setting": one.setting,
+            }
+        )
+    return rows

@@ -1,0 +1,63 @@
+"""Features as a data set of the Hugging Face `datasets` library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from diffrep.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    import datasets
+
+    from diffrep.store.reader import FeatureStore
+
+
+def to_dataset(store: FeatureStore, names: list[str], rows: np.ndarray) -> datasets.Dataset:
+    """Returns some tensors ("layer@level") and rows of a store; see `FeatureStore.to_dataset`.
+
+    Raises:
+        BackendUnavailable: The `datasets` package is not installed.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise BackendUnavailable(
+            "an HF data set needs the datasets package: pip install 'diffrep[datasets]'"
+        ) from None
+    columns: dict[str, Any] = {"id": datasets.Value("string")}
+    named = store.classes is not None
+    if store.labels is not None:
+        number = datasets.ClassLabel(names=store.classes) if named else datasets.Value("int64")
+        several = store.labels.ndim == 2
+        columns["label"] = datasets.List(number, length=-1 if named else store.labels.shape[1]) if several else number
+    for name in names:
+        columns[name] = _column(datasets, store._tensor(0, name)[0])
+    # The library caches by its arguments, and the store's state holds each unit's checksum. It would take a list for
+    # shards and call the generator for each entry; a tuple it leaves alone.
+    arguments = {"store": store, "names": tuple(names), "rows": rows}
+    return datasets.Dataset.from_generator(_samples, features=datasets.Features(columns), gen_kwargs=arguments)
+
+
+def _column(datasets: Any, feature: torch.Tensor) -> Any:
+    dtype = "float32" if feature.dtype == torch.bfloat16 else str(feature.dtype).removeprefix("torch.")
+    if feature.ndim == 1:
+        return datasets.List(datasets.Value(dtype), length=len(feature))
+    return getattr(datasets, f"Array{feature.ndim}D")(tuple(feature.shape), dtype)
+
+
+def _samples(store: FeatureStore, names: tuple[str, ...], rows: np.ndarray) -> Iterator[dict[str, Any]]:
+    for row in rows.tolist():
+        unit, place = store._locate(row)
+        sample: dict[str, Any] = {"id": store.ids[row]}
+        if store.labels is not None:
+            label = store.labels[row]
+            # Names go with class numbers: those of the ones in a 0/1 row.
+            sample["label"] = (np.flatnonzero(label) if label.ndim and store.classes else label).tolist()
+        for name in names:
+            feature = store._tensor(unit, name)[place]
+            sample[name] = (feature.float() if feature.dtype == torch.bfloat16 else feature).numpy()
+        yield sample
