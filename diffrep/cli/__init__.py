@@ -15,6 +15,7 @@ VERBS = {
     "layers": "table of a backbone's layers: order, shape, stride, cost",
     "extract": "images -> feature store",
     "probe": "judge every layer and level of a store by classification",
+    "feedback": "train DifFeed, which back-propagates through the frozen U-Net",
     "convert": "checkpoint -> safetensors and JSON that every verb opens",
     "train": "train a small diffusion model",
     "report": "write report.html again from a run folder",

@@ -1,5 +1,6 @@
 """Schemas and their loader. No torch in here: the command answers `--help` and config errors without it."""
 
+from diffrep.config.feedback import FeedbackConfig, FeedbackHeadConfig, SparseConfig
 from diffrep.config.loader import digest, load_config, to_plain, to_yaml, validate
 from diffrep.config.probe import LowDataConfig, ProbeConfig, SGDConfig, TrainedConfig
 from diffrep.config.results import read_results, write_results
@@ -7,16 +8,19 @@ from diffrep.config.schema import BackboneConfig, DataConfig, ExtractConfig, Fea
 from diffrep.config.train import ModelConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
-    "LowDataConfig",
     "BackboneConfig",
     "DataConfig",
     "ExtractConfig",
     "FeatureRequest",
+    "FeedbackConfig",
+    "FeedbackHeadConfig",
     "LevelSpec",
+    "LowDataConfig",
     "ModelConfig",
     "ProbeConfig",
     "SGDConfig",
     "ScheduleConfig",
+    "SparseConfig",
     "TrainConfig",
     "TrainedConfig",
     "digest",

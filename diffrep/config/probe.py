@@ -110,13 +110,13 @@ class LowDataConfig(Section):
         shots: Samples of each class.
         fractions: Shares of the training samples, stratified.
         tries: Draws of each; try i is seeded with seed + i. The table gives their mean and standard error.
-        heads: Heads to fit, among those of the probe.
+        heads: Heads to fit, among those of the probe; None takes those of logistic, knn and ncm that it fits.
     """
 
     shots: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed)] = (1, 5, 10)
     fractions: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(listed)] = (0.01, 0.1)
     tries: PositiveInt = 5
-    heads: Annotated[tuple[Head, ...], BeforeValidator(listed)] = ("logistic", "knn", "ncm")
+    heads: Annotated[tuple[Head, ...] | None, BeforeValidator(listed)] = None
 
 
 class ProbeConfig(Section):
@@ -150,6 +150,8 @@ class ProbeConfig(Section):
             validation as it is.
         folds: Folds of that cross-validation.
         trained: Heads that need epochs, by a name of your own or their kind.
+        baselines: What the linear probe is compared with: "pixels" (the images themselves, at most 32 x 32), and
+            "untrained" (the same network with random weights, at the chosen level and at the least noisy one).
         low_data: Also measure with few samples; None does not.
         seeds: Repetitions with seeds seed, seed + 1, ...: each draws its own validation samples, first weights and
             data order, chooses for itself, and is scored once.
@@ -185,6 +187,7 @@ class ProbeConfig(Section):
     finalists: PositiveInt = 5
     folds: Annotated[int, Field(ge=2)] = 5
     trained: dict[str, TrainedConfig] = {}
+    baselines: Annotated[tuple[Literal["pixels", "untrained"], ...], BeforeValidator(listed)] = ()
     low_data: LowDataConfig | None = None
     seeds: PositiveInt = 1
     seed: int = 0
@@ -194,6 +197,13 @@ class ProbeConfig(Section):
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.out or Path(self.store) / "probe")
+
+    @property
+    def low_data_heads(self) -> tuple[str, ...]:
+        """Heads that are fitted with few samples."""
+        if self.low_data is None or self.low_data.heads is not None:
+            return self.low_data.heads if self.low_data else ()
+        return tuple(head for head in self.heads if head in ("logistic", "knn", "ncm"))
 
     @model_validator(mode="after")
     def _trained_heads_have_a_kind(self) -> ProbeConfig:

@@ -3,19 +3,23 @@
 from diffrep.heads.attention import AttentionHead, AttentionPool
 from diffrep.heads.conv import ConvHead
 from diffrep.heads.difformer import DifFormer
+from diffrep.heads.feedback import FeedbackNetwork
 from diffrep.heads.head import Head, load_head, save_head
 from diffrep.heads.linear import LinearHead, MLPHead
 from diffrep.heads.matryoshka import MatryoshkaHead, matryoshka_loss
+from diffrep.heads.sparse import TopKSAE
 
 __all__ = [
     "AttentionHead",
     "AttentionPool",
     "ConvHead",
     "DifFormer",
+    "FeedbackNetwork",
     "Head",
     "LinearHead",
     "MLPHead",
     "MatryoshkaHead",
+    "TopKSAE",
     "load_head",
     "matryoshka_loss",
     "save_head",

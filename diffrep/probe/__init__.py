@@ -1,10 +1,12 @@
 """Judging features by classification: every head on every layer and level, chosen on validation, scored on test."""
 
+from diffrep.probe.feedback import open_feedback, run_feedback
 from diffrep.probe.logistic import LogisticPath
 from diffrep.probe.neighbours import knn_scores
 from diffrep.probe.reading import Reading, readings
 from diffrep.probe.run import Probe, run_probe
 from diffrep.probe.sgd import LinearSpec, SGDHeads
+from diffrep.probe.sparse import describe_latents, measure_sparse, train_sparse
 from diffrep.probe.split import stratified_split
 from diffrep.probe.sweep import Judged, judge, sweep
 from diffrep.probe.task import Task, make_task
@@ -17,11 +19,16 @@ __all__ = [
     "Reading",
     "SGDHeads",
     "Task",
+    "describe_latents",
     "judge",
     "knn_scores",
     "make_task",
+    "measure_sparse",
+    "open_feedback",
     "readings",
+    "run_feedback",
     "run_probe",
     "stratified_split",
     "sweep",
+    "train_sparse",
 ]

@@ -23,7 +23,6 @@ from diffrep.config import (
 from diffrep.data import ImageSet, open_images
 from diffrep.extract import Extractor
 from diffrep.extract.job import ExtractJob
-from diffrep.probe.reading import Reading, readings
 from diffrep.probe.run import Probe
 from diffrep.report import PICTURES, pca_rgb
 from diffrep.store import FeatureStore
@@ -60,20 +59,15 @@ def demo(out: Path, limit: int | None = None) -> dict[str, Any]:
     probe.score("knn")
 
     print("3/5 baselines: raw pixels, and the same network untrained")
-    images = open_images(data, backbone.image_channels)
-    pixels = torch.stack([images[row] for row in range(len(images))])
-    probe.baseline("raw pixels", lambda _: pixels, [Reading("pixels", "")])
-    blank = load_backbone(BACKBONE, init_seed=0)
-    around = _around(list(store.levels), linear.level)
-    untrained = _extract(data, blank, FeatureRequest("blocks", around, pool=4), out, "untrained")
-    probe.baseline("untrained network", lambda one: one.read(untrained), readings(untrained, config))
+    probe.baseline("pixels")
+    probe.baseline("untrained")
 
     print("4/5 attention-pooled head on the best layer")
     maps = _extract(data, backbone, FeatureRequest(linear.layer, linear.level, pool=8), out, "maps")
     probe.train("attention", maps)
 
     print("5/5 pictures and report")
-    _draw(out / PICTURES, backbone, images)
+    _draw(out / PICTURES, backbone, open_images(data, backbone.image_channels))
     seconds = time.perf_counter() - began
     notes = [f"The whole run took {seconds:.0f} s on {torch.get_num_threads()} threads ({backbone.device})."]
     return probe.finish(notes)
@@ -90,11 +84,6 @@ def _extract(data: DataConfig, backbone: Backbone, request: FeatureRequest, out:
         batch_size=100,
     )
     return ExtractJob(config, backbone).run()
-
-
-def _around(levels: list[str], center: str) -> list[str]:
-    first = min(max(levels.index(center) - 1, 0), len(levels) - 3)
-    return levels[first : first + 3]
 
 
 def _draw(file: Path, backbone: Backbone, images: ImageSet) -> None:

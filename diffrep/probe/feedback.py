@@ -56,7 +56,7 @@ def run_feedback(config: FeedbackConfig, backbone: Backbone | None = None) -> di
     """
     run = FeedbackRun(config, backbone)
     out = run.out
-    _claim(out, config)
+    _claim(run)
     runs = [run.train(seed) for seed in run.seeds]
     result, metrics = run.result(runs)
     write_results(out, config, config.seed, metrics)
@@ -140,6 +140,8 @@ class FeedbackRun:
         self.images = open_images(config.data, backbone.image_channels)
         if not self.images.labelled:
             raise DataError(f"the images of {config.data.path} have no labels; DifFeed is trained with them")
+        if self.images.multilabel:
+            raise DataError(f"the images of {config.data.path} have several labels each, and DifFeed takes one")
         labelled = _Labelled(self.images, config.data.path)
         self.ids, self.seeds = labelled.ids, [config.seed + number for number in range(config.seeds)]
         self.tasks = [make_task(labelled, config, seed) for seed in self.seeds]
@@ -267,8 +269,10 @@ class FeedbackRun:
         return mix(clean, eps.to(clean.device), signal, noise)
 
 
-def _claim(out: Path, config: FeedbackConfig) -> None:
-    plain, stored = to_plain(config), out / "config.json"
+def _claim(run: FeedbackRun) -> None:
+    """Takes the run folder, or refuses it where another run, other images or other weights are at home."""
+    out, stored = run.out, run.out / "config.json"
+    plain = to_plain(run.config) | {"images": run.images.fingerprint(), "weights": run.backbone.weights_hash}
     if stored.exists():
         before = read_json(stored)
         differ = sorted(key for key in plain if key not in FREE_KEYS and plain[key] != before.get(key))
@@ -277,8 +281,13 @@ def _claim(out: Path, config: FeedbackConfig) -> None:
             raise ConfigError(
                 f"{out} holds a run with other settings ({changes}); use another out, or the same settings"
             )
+        if run.config.epochs < before["epochs"]:
+            raise ConfigError(
+                f"the run in {out} was to have {before['epochs']} epochs, and epochs={run.config.epochs} would choose "
+                "among them all the same; use another out"
+            )
     write_json(stored, plain)
-    write_whole(out / "config.yaml", to_yaml(config).encode())
+    write_whole(out / "config.yaml", to_yaml(run.config).encode())
 
 
 def _read_cond(cond: str | int | None) -> int | str | dict[str, torch.Tensor] | torch.Tensor | None:

@@ -50,22 +50,35 @@ def open_store_images(store: FeatureStore, config: ProbeConfig) -> ImageSet:
     Raises:
         DiffrepError: They are not there any more.
     """
-    data = config.data or load_config(ExtractConfig, [store.path / CONFIG]).data
-    return open_images(data, store.meta["transform"]["channels"])
+    return open_images(config.data or store_config(store).data, store.meta["transform"]["channels"])
 
 
-def thumbnails(images: ImageSet, ids: list[str]) -> np.ndarray:
-    """Returns small pictures (N, h, w, 3) uint8 of samples by their ids, all of the first one's size.
+def store_config(store: FeatureStore) -> ExtractConfig:
+    """Returns the config a store was made with."""
+    return load_config(ExtractConfig, [store.path / CONFIG])
+
+
+def rows_of(images: ImageSet, ids: list[str]) -> list[int]:
+    """Returns where samples stand among the images.
 
     Raises:
-        DataError: A sample is not among the images.
+        DiffrepError: A sample is not among them.
     """
     wanted = set(ids)
     place = {name: row for row in range(len(images)) if (name := images.id(row)) in wanted}
     missing = [name for name in ids if name not in place]
     if missing:
         raise DiffrepError(f"{len(missing)} samples of the store, such as {missing[0]!r}, are not among the images")
-    pictures = [_small(images[place[name]]) for name in ids]
+    return [place[name] for name in ids]
+
+
+def thumbnails(images: ImageSet, ids: list[str]) -> np.ndarray:
+    """Returns small pictures (N, h, w, 3) uint8 of samples by their ids, all of the first one's size.
+
+    Raises:
+        DiffrepError: A sample is not among the images.
+    """
+    pictures = [_small(images[row]) for row in rows_of(images, ids)]
     height, width = pictures[0].shape[:2]
     return np.stack([np.asarray(Image.fromarray(p).resize((width, height))) for p in pictures])
 

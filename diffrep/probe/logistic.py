@@ -41,7 +41,7 @@ class LogisticPath:
         x = torch.cat([x, torch.ones(len(x), 1, device=x.device)], dim=1)
         target = one_hot(labels, classes).to(x)
         entropy = _binary_entropies if labels.ndim == 2 else _cross_entropy
-        penalty = torch.tensor(self.penalties, dtype=x.dtype, device=x.device)[:, None, None].expand(-1, x.shape[1], 1).clone()
+        penalty = torch.tensor(self.penalties, device=x.device)[:, None, None].repeat(1, x.shape[1], 1)
         penalty[:, -1] = 0
         count, width = len(self.penalties), x.shape[1]
 

@@ -22,7 +22,7 @@ def check_low_data(task: Task, config: ProbeConfig) -> None:
     """Raises ConfigError, before any work is done, when a class has too few samples for the shots asked for."""
     if config.low_data is None:
         return
-    for head in config.low_data.heads:
+    for head in config.low_data_heads:
         if head not in config.heads:
             raise ConfigError(f"low_data.heads names {head!r}, which is not among the heads {list(config.heads)}")
     for shots in config.low_data.shots:

@@ -13,11 +13,11 @@ class RidgePath:
 
     Minimises |Y - XW|^2 + alpha |W|^2 on standardised features X (N, D) and centred targets Y (N, K) of 0 and 1, with
     alpha = penalty * N * v: v is the mean eigenvalue of the features' covariance, their mean variance, which is 1
-    unless some features are constant. So a penalty means the same for any number of samples, and `RidgeClassifier(alpha)` of
-    scikit-learn, whose targets are -1 and 1, gives 2 * scores - 1.
+    unless some features are constant. So a penalty means the same for any number of samples, and
+    `RidgeClassifier(alpha)` of scikit-learn, whose targets are -1 and 1, gives 2 * scores - 1.
 
-    Of the covariance (D, D) and the Gram matrix (N, N) the smaller one is decomposed, in double precision: it costs the
-    same for one penalty and for a hundred (Hastie et al., 2009, section 3.4.1).
+    Of the covariance (D, D) and the Gram matrix (N, N) the smaller one is decomposed, in double precision: it costs
+    the same for one penalty and for a hundred (Hastie et al., 2009, section 3.4.1).
 
     Args:
         penalties: Penalties, as a share of the features' mean variance.

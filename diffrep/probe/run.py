@@ -13,6 +13,7 @@ from diffrep import dist
 from diffrep.config import ProbeConfig, TrainedConfig, write_results
 from diffrep.errors import ConfigError, DiffrepError, StoreError
 from diffrep.heads import save_head
+from diffrep.probe.baselines import pixels, untrained
 from diffrep.probe.gallery import gallery, open_store_images, save_arrays, thumbnails
 from diffrep.probe.lowdata import check_low_data, low_data
 from diffrep.probe.measure import Measure
@@ -20,15 +21,21 @@ from diffrep.probe.reading import Reading, readings
 from diffrep.probe.scores import Result, cells_of, cost_of, summarise
 from diffrep.probe.sweep import Judged, Read, Scored, choose, score, sweep
 from diffrep.probe.task import Task, make_task
+from diffrep.probe.trained import train_head
 from diffrep.report import write_report
 from diffrep.store import FeatureStore
 
 NAMES = {
-    "logistic": "logistic regression",
+    "logistic": "linear",
     "sgd": "linear, SGD",
     "ridge": "ridge",
     "knn": "kNN",
     "ncm": "nearest class mean",
+    "attention": "attention pool",
+    "difformer": "DifFormer",
+    "conv": "convolutional",
+    "mlp": "MLP",
+    "matryoshka": "Matryoshka",
 }
 
 
@@ -51,6 +58,8 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     for head in config.heads:
         for kind in config.combine:
             probe.score(head, kind)
+    for name in config.baselines:
+        probe.baseline(name)
     for name in config.trained:
         probe.train(name)
     return probe.finish()
@@ -108,7 +117,7 @@ class Probe:
         name = NAMES[head] + {"single": "", "layers": ", all layers", "levels": ", all levels", "all": ", all"}[kind]
         chosen = self.add(name, head, among)
         wanted = self.config.low_data
-        if wanted and head in wanted.heads and kind == "single" and dist.state().is_main_process:
+        if wanted and head in self.config.low_data_heads and kind == "single" and dist.state().is_main_process:
             self.low += low_data(self.read(chosen.reading), chosen, self.task, self.config, self.config.seed)
         return chosen
 
@@ -138,18 +147,22 @@ class Probe:
             self._keep(name, head, first.reading, kept, first.dim, setting, scored.head)
         return first
 
-    def baseline(self, name: str, read: Read, among: list[Reading], head: str = "logistic") -> Judged:
-        """Judges, chooses and scores one head on features from elsewhere, such as pixels, of the same samples.
+    def baseline(self, name: str) -> Judged:
+        """Judges, chooses and scores the logistic regression on "pixels" or on the "untrained" network's features."""
+        if name == "pixels":
+            features = pixels(self.store, self.config)
+            return self._elsewhere("raw pixels", lambda _: features, [Reading("pixels", "")])
+        known = self.store.levels
+        quietest = min(known, key=lambda key: known[key].sigma)
+        levels = [key for key in known if key in (quietest, self.best_linear().level)]
+        blank = untrained(self.store, self.config, levels, self.out)
+        single = self.config.model_copy(update={"combine": ("single",)})
+        return self._elsewhere("untrained network", lambda one: one.read(blank), readings(blank, single))
 
-        Args:
-            name: For tables.
-            read: Gives the features (N, D) of a reading.
-            among: The readings to choose from.
-            head: Which head.
-        """
-        config = self.config.model_copy(update={"heads": (head,)})
-        judged = [sweep(read, among, task, config, seed) for task, seed in zip(self.tasks, self.seeds, strict=True)]
-        return self.add(f"{NAMES[head]} on {name}", head, judged, read)
+    def best_linear(self) -> Reading:
+        """Returns the single reading on which the logistic regression, or else any head, is best on validation."""
+        single = [one for one in self.sweeps[0] if one.reading.combine == "single"] or self.sweeps[0]
+        return max([one for one in single if one.head == "logistic"] or single, key=lambda one: one.val).reading
 
     def train(self, name: str, store: FeatureStore | None = None) -> None:
         """Trains the head `config.trained[name]` with every seed and scores it.
@@ -161,8 +174,6 @@ class Probe:
         config, store = self.config.trained[name], store or self.stores[name]
         pairs = self._pairs(name, config, store)
         kind = config.kind or name
-        from diffrep.probe.trained import train_head
-
         trained = [
             train_head(
                 kind, store, pairs, task, config, self.out / "trained" / name / f"seed-{seed}", seed, self.measure.name
@@ -173,7 +184,17 @@ class Probe:
             layers, levels = list(dict.fromkeys(p[0] for p in pairs)), list(dict.fromkeys(p[1] for p in pairs))
             reading = Reading(" + ".join(layers), " + ".join(levels), tuple(pairs), config.pool)
             runs = [(one.val, one.scores) for one in trained]
-            self._keep(name, kind, reading, runs, None, trained[0].setting, trained[0].head, store)
+            # A head that stands under its kind gets the kind's name; "linear" is the logistic regression's.
+            self._keep(
+                NAMES.get(name, name) if name == kind else name,
+                kind,
+                reading,
+                runs,
+                None,
+                trained[0].setting,
+                trained[0].head,
+                store,
+            )
 
     @property
     def measure(self) -> Measure:
@@ -228,6 +249,11 @@ class Probe:
         write_report(self.out)
         return metrics
 
+    def _elsewhere(self, name: str, read: Read, among: list[Reading]) -> Judged:
+        config = self.config.model_copy(update={"heads": ("logistic",)})
+        judged = [sweep(read, among, task, config, seed) for task, seed in zip(self.tasks, self.seeds, strict=True)]
+        return self.add(f"{NAMES['logistic']} on {name}", "logistic", judged, read)
+
     def _scored(self, read: Read, chosen: Judged, task: Task, seed: int) -> Scored | None:
         if not dist.state().is_main_process:
             return None
@@ -276,10 +302,8 @@ class Probe:
         if (config.kind or name) == "difformer":
             layers, levels = layers or store.layers, levels or list(store.levels)
         elif layers is None or levels is None:
-            single = [one for one in self.sweeps[0] if one.reading.combine == "single"]
-            linear = [one for one in single if one.head == "logistic"] or single
-            if linear and config.store is None:
-                best = max(linear, key=lambda one: one.val).reading
+            if config.store is None and "single" in self.config.combine:
+                best = self.best_linear()
                 layers, levels = layers or (best.layer,), levels or (best.level,)
             else:
                 layers, levels = layers or tuple(store.layers), levels or tuple(store.levels)

@@ -1,171 +1,211 @@
-"""Heads that need epochs, trained with Lightning on stored maps."""
+"""Heads that need epochs, trained with Lightning on stored features; the run folder makes them resumable."""
 
 from __future__ import annotations
 
-import logging
-import math
-import warnings
+import gc
+import json
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-from diffrep.config import AttentionConfig
-from diffrep.errors import ConfigError
-from diffrep.heads import AttentionPool
-from diffrep.metrics import bootstrap_interval
-from diffrep.probe.sweep import Score, Task
-from diffrep.store import FeatureStore, LayerDataset
+from diffrep import dist
+from diffrep.config import TrainedConfig, digest, to_plain
+from diffrep.errors import CheckpointError, ConfigError
+from diffrep.heads import Head
+from diffrep.probe.measure import Measure
+from diffrep.probe.task import Task
+from diffrep.probe.trained_data import CHECKPOINT, Order, Pair, Samples, pooled_shape
+from diffrep.probe.trained_net import batch_norms, build_head, check_shapes, evaluate, norm_of, set_standard
+from diffrep.store import FeatureStore
+from diffrep.store.layout import INDEX, read_json, write_json, write_whole
+
+RUN, FINISHED = "run.json", "finished.safetensors"
+# What may change between a run and its resume without changing a single number; the features stand in for `store`,
+# `layers` and `levels`, which are only where they were found.
+FREE_KEYS = ("kind", "store", "layers", "levels", "loggers", "checkpoint_every")
 
 
-def train_attention(
-    store: FeatureStore, layer: str, level: str, task: Task, config: AttentionConfig, out: Path, seed: int
-) -> tuple[Score, AttentionPool]:
-    """Trains an `AttentionPool` on one (layer, level) and scores the epoch that was best on validation.
+@dataclass(frozen=True)
+class Trained:
+    """A trained head and what it reached.
+
+    Attributes:
+        val: Validation score of the best epoch.
+        scores: Scores (M, K) fp32 of the test samples, in the order of `task.test`.
+        head: With the weights of the best epoch, in eval mode, on the CPU.
+        setting: The config and what came of it, as JSON values: `norm` that the head has, `dim` of what it reads,
+            `params`, `best_epoch` from 1, `epochs_run`; `lengths` with the "val" and "test" score of every length of a
+            Matryoshka head.
+    """
+
+    val: float
+    scores: torch.Tensor
+    head: Head
+    setting: dict[str, Any]
+
+
+def train_head(
+    kind: str,
+    store: FeatureStore,
+    pairs: list[Pair],
+    task: Task,
+    config: TrainedConfig,
+    out: Path,
+    seed: int,
+    metric: str,
+) -> Trained:
+    """Trains a head on the training samples and scores its best epoch on the test samples.
+
+    The best epoch is the one with the highest `metric` over all validation samples at once, the first of equals. In
+    `out` stand checkpoints, logs and in the end the result: the same call goes on with a run that was stopped, and
+    returns the result of one that was not, without training again. Processes share the samples of each step and of
+    each evaluation, and all get the same result. Torch's generators are left as they were.
 
     Args:
-        store: Store with maps (C, h, w).
-        layer: Address.
-        level: Canonical level.
-        task: Who is who; the head is trained on `task.train`.
+        kind: "attention", "diffssl-attention", "difformer", "conv", "mlp", "linear" or "matryoshka".
+        store: Where the features are.
+        pairs: Which (layer, level); flat heads read several side by side, DifFormer as tokens.
+        task: Who is who.
         config: Size and training of the head.
-        out: Folder for checkpoints and logs.
-        seed: Seeds weights and data order.
+        out: Run folder of this head and seed.
+        seed: Seeds weights, data order, flips and dropout.
+        metric: "accuracy", "mean_per_class" or "map"; multi-label tasks always take "map".
 
     Raises:
-        ConfigError: The store holds vectors, not maps, or `heads` does not divide `width`.
+        ConfigError: The head cannot read such features or cannot be trained so, or `out` holds another run.
+        DiffrepError: Features or loss are not finite.
+        BackendUnavailable: A logger's package is not installed.
+        CheckpointError: A file in `out` cannot be read.
     """
-    import lightning
-    from lightning.pytorch.callbacks import ModelCheckpoint
-    from lightning.pytorch.loggers import CSVLogger
-
-    shape = store.meta["layers"][layer]["shape"]
-    if len(shape) != 3:
-        raise ConfigError(
-            f"attention pooling needs maps, {layer} is stored as {tuple(shape)}; extract with pool none or k"
-        )
-    if config.width % config.heads:
-        raise ConfigError(f"attention.heads {config.heads} does not divide attention.width {config.width}")
-    module = _module(config, shape, task, seed)
-    split = {
-        name: _rows(store, layer, level, rows) for name, rows in vars(task).items() if name in ("train", "val", "test")
-    }
-    order = torch.Generator().manual_seed(seed)
-    loaders = {
-        name: DataLoader(
-            data, config.batch_size, shuffle=name == "train", generator=order if name == "train" else None
-        )
-        for name, data in split.items()
-    }
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    saver = ModelCheckpoint(out, monitor="val_accuracy", mode="max", filename="best", enable_version_counter=False)
-    with warnings.catch_warnings():
-        # The data lie in memory-mapped files, where loader workers would only add copies; a run folder may be used
-        # again; few steps an epoch are no mistake; LeafSpec is a name that Lightning, not the user, should stop using.
-        for text in (
-            "does not have many workers",
-            "exists and is not empty",
-            "smaller than the logging interval",
-            "LeafSpec",
-        ):
-            warnings.filterwarnings("ignore", message=f".*{text}.*")
-        trainer = lightning.Trainer(
-            max_epochs=config.epochs,
-            callbacks=[saver, _epoch_bar()],
-            logger=CSVLogger(out, name=None, version=""),
-            log_every_n_steps=20,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            num_sanity_val_steps=0,
-            devices=1,
-        )
-        # Dropout and flips draw from the global generator: seeded here, and given back as it was.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            trainer.fit(module, loaders["train"], loaders["val"])
-        module.load_state_dict(torch.load(saver.best_model_path, weights_only=True)["state_dict"])
-        parts = trainer.predict(module, loaders["test"])
-    labels = task.labels[task.test]
-    hits = (torch.cat(parts).argmax(1) == labels).numpy()
-    setting = {**config.model_dump(exclude={"store", "layer", "level"}), "dim": int(np.prod(shape))}
-    val = float(saver.best_model_score)
-    score = Score(
-        "attention pool", "attention", layer, level, val, float(hits.mean()), bootstrap_interval(hits, seed), setting
-    )
-    return score, module.head
-
-
-def _epoch_bar():  # noqa: ANN202 - a Lightning callback
-    """Returns a callback that shows one line for the whole training in place of two bars an epoch."""
-    import lightning
-
-    class EpochBar(lightning.Callback):
-        def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-            self.bar = tqdm(
-                total=trainer.max_epochs, desc="attention", unit="epoch", disable=not trainer.is_global_zero
+    state, out = dist.state(), Path(out)
+    shapes = {pair: pooled_shape(store, pair[0], config.pool) for pair in pairs}
+    _check(kind, shapes, config)
+    devices = [state.device] if state.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        head = build_head(kind, shapes, task.classes, config)
+        smallest = Order(task.train, config.batch_size, seed).smallest
+        if smallest < 2 and batch_norms(head):
+            raise ConfigError(
+                f"batch norm needs two samples at a time, and {len(task.train)} training samples in steps of "
+                f"{config.batch_size} leave a step of {smallest}; take another batch_size"
             )
-
-        def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-            self.bar.update()
-            self.bar.set_postfix(val=f"{float(trainer.callback_metrics['val_accuracy']):.3f}")
-
-        def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-            self.bar.close()
-
-    return EpochBar()
+        _claim(out, kind, store, pairs, task, config, seed, metric)
+        if not (out / FINISHED).exists():
+            _train(kind, head, store, pairs, task, config, out, seed, Measure(metric, task))
+        state.wait_for_everyone()
+    return _result(kind, head, shapes, config, out)
 
 
-def _rows(store: FeatureStore, layer: str, level: str, rows: np.ndarray) -> LayerDataset:
-    return LayerDataset(store, f"{layer}@{level}", rows)
+def _check(kind: str, shapes: dict[Pair, tuple[int, ...]], config: TrainedConfig) -> None:
+    """Finds what cannot work before anything is read or written."""
+    processes = dist.state().num_processes
+    if config.batch_size % processes:
+        raise ConfigError(f"batch_size {config.batch_size} does not divide among {processes} processes")
+    if config.precision == "16-mixed" and dist.state().device.type != "cuda":
+        raise ConfigError("precision=16-mixed needs a GPU; use bf16-mixed or 32-true")
+    norm_of(kind, config)
+    check_shapes(kind, shapes, config)
 
 
-def _module(config: AttentionConfig, shape: list[int], task: Task, seed: int):  # noqa: ANN202 - a LightningModule
-    import lightning
+def _train(
+    kind: str,
+    head: Head,
+    store: FeatureStore,
+    pairs: list[Pair],
+    task: Task,
+    config: TrainedConfig,
+    out: Path,
+    seed: int,
+    measure: Measure,
+) -> None:
+    """Trains a head and writes `FINISHED`."""
+    from diffrep.probe.trained_loop import fit  # Lightning takes seconds to import
 
-    class HeadModule(lightning.LightningModule):
-        """Cross-entropy training of the head with AdamW, linear warm-up over a tenth, cosine decay."""
+    state = dist.state()
+    samples = Samples(store, pairs, np.concatenate([task.train, task.val, task.test]), config.pool)
+    if norm_of(kind, config) == "standard":
+        set_standard(head, samples, task.train)
+    best = fit(kind, head, samples, task, config, out, seed, measure)
+    gc.collect()  # a DDP wrapper alive at exit can abort the process
+    head.load_state_dict(best["state"])
+    head.to(state.device)
+    val, test = (evaluate(kind, head, samples, rows, task.classes, state.device) for rows in (task.val, task.test))
+    head.cpu()
+    about = {"val": best["val"], "best_epoch": best["epoch"], "epochs_run": best["epochs"]}
+    if kind == "matryoshka":
+        about["lengths"] = {
+            str(size): {"val": measure(v, task.labels[task.val]), "test": measure(t, task.labels[task.test])}
+            for size, v, t in zip(head.nesting, val, test, strict=True)
+        }
+    if state.is_main_process:
+        tensors = {f"head.{name}": value.contiguous() for name, value in head.state_dict().items()}
+        content = save({**tensors, "scores": test[-1].contiguous()}, metadata={"about": json.dumps(about)})
+        write_whole(out / FINISHED, content)
 
-        def __init__(self):
-            super().__init__()
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                self.head = AttentionPool(
-                    shape[0], tuple(shape[1:]), task.classes, config.width, config.depth, config.heads, config.dropout
-                )
 
-        def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
-            maps, labels = batch
-            if config.flip:
-                mirrored = torch.rand(len(maps), 1, 1, 1, device=maps.device) < 0.5
-                maps = torch.where(mirrored, maps.flip(-1), maps)
-            loss = F.cross_entropy(self.head(maps), labels)
-            self.log("train_loss", loss)
-            return loss
+def _result(kind: str, head: Head, shapes: dict[Pair, tuple[int, ...]], config: TrainedConfig, out: Path) -> Trained:
+    """Reads `FINISHED` into a head."""
+    try:
+        with safe_open(out / FINISHED, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+        head.load_state_dict({name.removeprefix("head."): tensors[name] for name in tensors if name != "scores"})
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read {out / FINISHED}: {error}; delete it to train the head again") from error
+    val = about.pop("val")
+    setting = {key: value for key, value in to_plain(config).items() if key not in FREE_KEYS}
+    setting |= {
+        "norm": norm_of(kind, config),
+        "dim": sum(map(prod, shapes.values())),
+        "params": sum(one.numel() for one in head.parameters()),
+        **about,
+    }
+    return Trained(val, tensors["scores"], head.eval(), setting)
 
-        def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> None:
-            maps, labels = batch
-            hits = (self.head(maps).argmax(1) == labels).float()
-            # Lightning weighs each batch by its size, so the short last batch counts as it should.
-            self.log("val_accuracy", hits.mean(), batch_size=len(labels))
 
-        def predict_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
-            return self.head(batch[0])
-
-        def configure_optimizers(self) -> dict[str, object]:
-            optimizer = torch.optim.AdamW(self.head.parameters(), config.lr, weight_decay=config.weight_decay)
-            total = self.trainer.estimated_stepping_batches
-            warmup = max(1, total // 10)
-
-            def rate(step: int) -> float:
-                if step < warmup:
-                    return (step + 1) / warmup
-                return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    return HeadModule()
+def _claim(
+    out: Path,
+    kind: str,
+    store: FeatureStore,
+    pairs: list[Pair],
+    task: Task,
+    config: TrainedConfig,
+    seed: int,
+    metric: str,
+) -> None:
+    """Takes the run folder, or refuses one that holds another run."""
+    state = dist.state()
+    plain = {key: value for key, value in to_plain(config).items() if key not in FREE_KEYS}
+    # The units' checksums say what the features are, wherever the store lies now.
+    files = [unit["sha256"] for unit in read_json(store.path / INDEX)["units"]]
+    splits = [rows.tolist() for rows in (task.train, task.val, task.test)]
+    wanted = {
+        "kind": kind,
+        **plain,
+        "seed": seed,
+        "metric": metric,
+        "read": ["@".join(pair) for pair in pairs],
+        "features": digest(files),
+        "samples": digest([splits, task.labels.tolist()]),
+    }
+    stored = out / RUN
+    if stored.exists() and any((out / name).exists() for name in (CHECKPOINT, FINISHED)):
+        before = read_json(stored)
+        differ = sorted(key for key in wanted if wanted[key] != before.get(key))
+        if differ:
+            changes = "; ".join(f"{key}: {before.get(key)} there, {wanted[key]} now" for key in differ)
+            raise ConfigError(
+                f"{out} holds a head that was trained otherwise ({changes}); give the probe another out, take the "
+                "same settings, or remove that folder"
+            )
+    state.wait_for_everyone()  # all have looked before one writes
+    if state.is_main_process:
+        write_json(stored, wanted)
+    state.wait_for_everyone()

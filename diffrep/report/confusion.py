@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from diffrep.report.colours import ERRORS, SCORES, is_dark, ramp
+from diffrep.report.colours import ERRORS, SCORES, paint, words
 from diffrep.report.formats import percent, score
 
 COUNTED = 20  # most classes with a number in each cell
@@ -105,8 +105,8 @@ def _matrix(counts: np.ndarray, names: list[str]) -> list[dict[str, Any]]:
                 {
                     "count": int(counts[true, guess]),
                     "title": f"{name} taken for {names[guess]}: {counts[true, guess]} ({percent(share)})",
-                    "colour": ramp(stops, part),
-                    "dark": is_dark(stops, part),
+                    "paint": paint(stops, part),
+                    "words": words(stops, part),
                 }
             )
         rows.append({"name": name, "cells": cells})

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+from markupsafe import Markup, escape
+
 METRICS = {
     "accuracy": "top-1 accuracy",
     "mean_per_class": "mean accuracy per class",
     "map": "mean average precision",
 }
 HEADS = {
-    "logistic": "logistic regression",
+    "logistic": "linear",
     "sgd": "linear, SGD",
     "ridge": "ridge",
-    "knn": "nearest neighbours",
+    "knn": "kNN",
     "ncm": "nearest class mean",
 }
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+LONGEST = 150  # characters of a head's setting in a table
 
 
 def score(value: float | None) -> str:
@@ -30,7 +36,7 @@ def count(value: float) -> str:
 def percent(share: float) -> str:
     """Returns a share as a whole percentage, one decimal below ten."""
     value = 100 * share
-    return f"{value:.1f} %" if 0 < abs(value) < 9.95 else f"{value:.0f} %"
+    return f"{value:.1f} %" if 0 < abs(value) < 9.95 and value != round(value) else f"{value:.0f} %"
 
 
 def short(value: float, unit: str = "") -> str:
@@ -56,9 +62,25 @@ def forwards(value: float) -> str:
     return f"{value:.2f}" if value < 9.95 else f"{value:.1f}"
 
 
-def setting(values: dict[str, object]) -> str:
-    """Returns a head's setting in one line; what does not apply to it (None) is left out."""
-    return ", ".join(f"{key} {_plain(value)}" for key, value in values.items() if value is not None)
+def pooling(side: int) -> str:
+    """Returns what maps were pooled to."""
+    return f"pooled {side}×{side}"
+
+
+def setting(values: dict[str, Any]) -> str:
+    """Returns a head's setting in one line; what does not apply to it (None) is left out.
+
+    What other seeds chose stands in `choices` and is told by `choices()`.
+    """
+    pairs = [(key, value) for key, value in values.items() if value is not None and key != "choices"]
+    return ", ".join(f"{key} {_plain(value)}" for key, value in pairs)
+
+
+def choices(values: dict[str, Any]) -> list[str]:
+    """Returns what each seed chose, where they differ: "mid@t=50 {'penalty': 0.1}" as "mid@t=50, penalty 0.1"."""
+    return [
+        re.sub(r"[{}']", "", text.replace(" {", ", ", 1)).replace(": ", " ") for text in values.get("choices") or []
+    ]
 
 
 def shortened(name: str, length: int) -> str:
@@ -66,7 +88,31 @@ def shortened(name: str, length: int) -> str:
     return name if len(name) <= length else "…" + name[1 - length :]
 
 
-def _plain(value: object) -> str:
+def clipped(text: str) -> str:
+    """Returns the beginning of a long text."""
+    return text if len(text) <= LONGEST else text[: LONGEST - 1].rstrip(" ,") + "…"
+
+
+def breakable(name: str) -> Markup:
+    """Returns a name that may be broken after its dots and underscores, and after the signs that join several."""
+    return Markup(re.sub(r"([_@+]|(?<!\d)\.)(?=\S)", r"\1<wbr>", str(escape(name))))
+
+
+def place(cell: dict[str, Any]) -> Markup:
+    """Returns where a cell reads: layer, level and pooling."""
+    level = Markup(" @ <code>{}</code>").format(cell["level"]) if cell["level"] else ""
+    pool = "" if cell.get("pool") is None else f", {pooling(cell['pool'])}"
+    return Markup("<code>{}</code>{}{}").format(breakable(cell["layer"]), level, pool)
+
+
+def capital(text: str) -> str:
+    """Returns the text with a large first letter; `capitalize` would make the others small."""
+    return text[:1].upper() + text[1:]
+
+
+def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, dict):
+        return f"({setting(value)})"
+    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)

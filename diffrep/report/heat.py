@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffrep.report.colours import SCORES, is_dark, ramp
-from diffrep.report.formats import HEADS, score, size
+from diffrep.report.colours import SCORES, paint, words
+from diffrep.report.formats import HEADS, pooling, score, size
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def heat_map(metrics: dict[str, Any], grid: Grid) -> dict[str, Any]:
         "sided": any(row["about"] for row in rows),
         "low": low,
         "high": high,
-        "legend": [ramp(SCORES, step / 8) for step in range(9)],
-        "chosen": {"layer": grid.chosen[0], "level": grid.chosen[1], "val": grid.cells[grid.chosen]["val"]},
-        "best": {"layer": grid.best[0], "level": grid.best[1], "val": grid.cells[grid.best]["val"]},
+        "legend": [paint(SCORES, step / 8) for step in range(9)],
+        "chosen": grid.cells[grid.chosen],
+        "best": grid.cells[grid.best],
     }
 
 
@@ -88,8 +88,8 @@ def _drawn(grid: Grid, layer: str, level: str, low: float, high: float) -> dict[
     return {
         "text": score(cell["val"]),
         "title": describe(cell),
-        "colour": ramp(SCORES, share),
-        "dark": is_dark(SCORES, share),
+        "paint": paint(SCORES, share),
+        "words": words(SCORES, share),
         "chosen": (layer, level) == grid.chosen,
     }
 
@@ -100,7 +100,7 @@ def describe(cell: dict[str, Any]) -> str:
     if cell.get("interval"):
         parts.append(f"95 % interval {score(cell['interval'][0])} – {score(cell['interval'][1])}")
     if cell.get("pool") is not None:
-        parts.append(f"pool {cell['pool']}")
+        parts.append(pooling(cell["pool"]))
     parts.append(f"{cell['dim']:,} features")
     if cell.get("bytes"):
         parts.append(size(cell["bytes"]))

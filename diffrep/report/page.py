@@ -11,18 +11,21 @@ import numpy as np
 from diffrep.config import read_results
 from diffrep.report import formats
 from diffrep.report.axes import score_axis
-from diffrep.report.colours import ACCENT, INK, KINDS
 from diffrep.report.confusion import bars, confusion
-from diffrep.report.curves import level_curves, low_data
+from diffrep.report.curves import level_curves
 from diffrep.report.gallery import gallery, pictures
+from diffrep.report.headline import headline
 from diffrep.report.heat import grids, heat_map
+from diffrep.report.lowdata import low_data
 from diffrep.report.pareto import pareto
 from diffrep.report.search import race
 
 PICTURES = "pictures.npz"
 ARRAYS = "arrays.npz"
-CARDS = 8
-FILTERS = ("score", "count", "percent", "flops", "size", "forwards", "setting", "shortened")
+FILTERS = (
+    *("score", "count", "percent", "short", "size", "forwards", "pooling"),
+    *("setting", "choices", "clipped", "breakable", "capital", "shortened"),
+)
 
 
 def write_report(folder: str | Path) -> Path:
@@ -45,7 +48,7 @@ def write_report(folder: str | Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("diffrep.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals.update(accent=ACCENT, ink=INK, blue=KINDS[0])
+    environment.globals["place"] = formats.place
     environment.filters.update({name: getattr(formats, name) for name in FILTERS})
     page = environment.get_template("page.html.jinja").render(
         results=results, metrics=results["metrics"], **figures(results["metrics"], folder)
@@ -60,11 +63,9 @@ def figures(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:
     maps = grids(metrics)
     arrays = _load(folder / ARRAYS)
     names = _class_names(metrics)
-    best = max(metrics.get("scores", []), key=lambda score: score["val"], default=None)
     return {
         "metric": formats.METRICS.get(metrics.get("metric", "accuracy"), metrics.get("metric")),
-        "best": best,
-        "cards": sorted(metrics.get("scores", []), key=lambda score: -score["val"])[:CARDS],
+        "cards": headline(metrics, maps[0] if maps else None),
         "heads": _heads(metrics),
         "maps": [heat_map(metrics, grid) for grid in maps],
         "curves": level_curves(metrics, maps[0]) if maps else None,
@@ -98,13 +99,14 @@ def _heads(metrics: dict[str, Any]) -> dict[str, Any] | None:
     axis = score_axis([value for score in scores for value in (score["test"], *score["interval"])], 2, 118)
     columns = {
         key: any(score.get(key) is not None for score in scores)
-        for key in ("pool", "top5", "mean_per_class", "forwards", "bytes")
+        for key in ("top5", "mean_per_class", "flops", "forwards", "bytes")
     }
+    columns["forwards"] &= not columns["flops"]  # both say what the network's share is
     if metrics.get("metric") == "mean_per_class":  # it would be the same column twice
         columns["mean_per_class"] = False
     rows = [
         {
-            **dict.fromkeys((*columns, "error")),
+            **dict.fromkeys((*columns, "error", "pool")),
             **score,
             "seeds": len(score.get("tests") or [0]),
             "marks": [axis.at(value) for value in (score["interval"][0], score["test"], score["interval"][1])],

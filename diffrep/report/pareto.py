@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from diffrep.report.axes import log_axis, log_ticks, score_axis, score_ticks
+from diffrep.report.axes import Axis, log_axis, log_ticks, score_axis, score_ticks
 from diffrep.report.formats import flops, forwards, percent, short, size
 from diffrep.report.heat import describe
 
 POINT = 0.01
+WIDE, NARROW = (520, 334), (372, 290)  # width and height
+BELOW = 0.35  # of the frontier's span: how far below it cells are drawn
 
 
 def pareto(metrics: dict[str, Any], head: str) -> list[dict[str, Any]]:
@@ -18,27 +20,52 @@ def pareto(metrics: dict[str, Any], head: str) -> list[dict[str, Any]]:
     Compute is FLOPs per image with encoding, or forward passes for results that do not know FLOPs.
 
     Returns:
-        The two drawings; one whose costs are missing is left out.
+        The two plots, each with a wide and a narrow drawing, the frontier as a table and what to say of it; one whose
+        costs are missing is left out.
     """
     cells = [cell for cell in metrics.get("cells", []) if cell["head"] == head]
     if len(cells) < 2:
         return []
-    counted = all(cell.get("flops") for cell in cells)
-    compute = ("flops", "FLOPs per image", flops) if counted else ("forwards", "forward passes per image", forwards)
-    found = [_plot(cells, *compute, 620), _plot(cells, "bytes", "bytes per sample", size, 420)]
+    if all(cell.get("flops") for cell in cells):
+        found = [_plot(cells, "flops", "FLOPs", "FLOPs per image", flops)]
+    else:
+        found = [_plot(cells, "forwards", "forward passes", "forward passes per image", forwards)]
+    found.append(_plot(cells, "bytes", "bytes", "bytes per sample", size))
     return [plot for plot in found if plot]
 
 
 def _plot(
-    cells: list[dict[str, Any]], key: str, name: str, text: Callable[[float], str], width: int
+    cells: list[dict[str, Any]], key: str, unit: str, name: str, text: Callable[[float], str]
 ) -> dict[str, Any] | None:
     if not all(cell.get(key) for cell in cells):
         return None
-    left, right, top, bottom = 48, width - 12, 16, 286
-    across = log_axis([cell[key] for cell in cells], left, right)
-    up = score_axis([cell["val"] for cell in cells], bottom, top)
     best, cheap = best_and_cheapest(cells, key)
     edge = frontier(cells, key)
+    return {
+        "key": key,
+        "unit": unit,
+        "name": name,
+        "best": best,
+        "cheap": None if cheap is best else cheap,
+        "saves": savings(best, cheap),
+        "frontier": [{**cell, "cost": text(cell[key]), "cheap": cell is cheap and cheap is not best} for cell in edge],
+        "drawings": [_drawing(cells, edge, (best, cheap), key, text, *shape) for shape in (WIDE, NARROW)],
+    }
+
+
+def _drawing(
+    cells: list[dict[str, Any]],
+    edge: list[dict[str, Any]],
+    marked: tuple[dict[str, Any], dict[str, Any]],
+    key: str,
+    text: Callable[[float], str],
+    width: int,
+    height: int,
+) -> dict[str, Any]:
+    left, right, top, bottom = 44, width - 14, 22, height - 48
+    across = log_axis([cell[key] for cell in cells], left, right)
+    up = _score_axis(cells, edge, bottom, top)
+    shown = [cell for cell in cells if cell["val"] >= up.low]
 
     def drawn(cell: dict[str, Any]) -> dict[str, Any]:
         return {"x": across.at(cell[key]), "y": up.at(cell["val"]), "title": f"{describe(cell)}, {text(cell[key])}"}
@@ -47,22 +74,29 @@ def _plot(
     steps = [drawn(cell) for cell in edge]
     ends = [step["x"] for step in steps[1:]] + [right]
     stairs = [f"{x},{step['y']}" for step, end in zip(steps, ends, strict=True) for x in (step["x"], end)]
+    best, cheap = marked
     return {
-        "key": key,
-        "name": name,
+        "wide": width == WIDE[0],
         "width": width,
-        "height": 334,
+        "height": height,
         "box": (left, right, top, bottom),
-        "points": [drawn(cell) for cell in cells if not any(cell is other for other in edge)],
+        "points": [drawn(cell) for cell in shown if not any(cell is other for other in edge)],
+        "below": len(cells) - len(shown),
         "edge": steps,
         "stairs": " ".join(stairs),
-        "best": _mark(drawn(best), "best", left, right, top),
-        "cheap": None if cheap is best else _mark(drawn(cheap), "within one point", left, right, top),
+        "best": _mark(drawn(best), "best", left, right),
+        "cheap": None if cheap is best else _mark(drawn(cheap), "within one point", left, right),
         "within": up.at(max(best["val"] - POINT, up.low)),
-        "sentence": _sentence(best, cheap, key),
         "x": log_ticks(across, short if key == "flops" else text),
         "y": score_ticks(up),
     }
+
+
+def _score_axis(cells: list[dict[str, Any]], edge: list[dict[str, Any]], bottom: float, top: float) -> Axis:
+    """Returns an axis on which the frontier fills most of the height; cells far below it would press it flat."""
+    low, high = edge[0]["val"], edge[-1]["val"]
+    floor = low - BELOW * max(high - low, 5 * POINT)
+    return score_axis([max(min(cell["val"] for cell in cells), floor), high], bottom, top)
 
 
 def best_and_cheapest(cells: list[dict[str, Any]], key: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -84,21 +118,23 @@ def frontier(cells: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     return edge
 
 
-def _mark(point: dict[str, Any], text: str, left: float, right: float, top: float) -> dict[str, Any]:
+def savings(best: dict[str, Any], cheap: dict[str, Any]) -> str:
+    """Returns what the cheap cell saves, and what it costs more, in words; empty where they cost the same."""
+    compute = ("FLOPs", "flops") if best.get("flops") and cheap.get("flops") else ("forward passes", "forwards")
+    saved, more = [], []
+    for name, cost in (compute, ("bytes", "bytes")):
+        if not (best.get(cost) and cheap.get(cost)):
+            continue
+        share = 1 - cheap[cost] / best[cost]
+        if share >= 0.0005:
+            saved.append(f"{percent(share)} of the {name}")
+        elif share <= -0.0005:
+            more.append(f"takes {percent(-share)} more {name}")
+    words = ["saves " + " and ".join(saved)] if saved else []
+    return " but ".join(words + more)
+
+
+def _mark(point: dict[str, Any], text: str, left: float, right: float) -> dict[str, Any]:
     """Adds a label, on the side of the point where there is room."""
     flip = point["x"] > (left + right) / 2
     return {**point, "text": text, "anchor": "end" if flip else "start", "shift": -10 if flip else 10}
-
-
-def _sentence(best: dict[str, Any], cheap: dict[str, Any], key: str) -> dict[str, Any]:
-    spent = [("FLOPs", "flops")] if best.get("flops") and cheap.get("flops") else [("forward passes", "forwards")]
-    parts = []
-    for name, cost in [*spent, ("bytes", "bytes")]:
-        if best.get(cost) and cheap.get(cost):
-            share = 1 - cheap[cost] / best[cost]
-            if abs(share) >= 0.0005:
-                parts.append(f"{percent(share)} of the {name}" if share > 0 else f"costs {percent(-share)} more {name}")
-    saved = [part for part in parts if not part.startswith("costs")]
-    more = [part for part in parts if part.startswith("costs")]
-    words = ["saves " + " and ".join(saved)] if saved else []
-    return {"best": best, "cheap": cheap, "same": cheap is best, "saves": " but ".join(words + more), "key": key}

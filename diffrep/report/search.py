@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from diffrep.report.colours import SCORES, ramp
+from diffrep.report.colours import SCORES, paint
 from diffrep.report.formats import count, flops, score, shortened
 
-EMPTY = "#eef1f4"
+EMPTY = "--day:#f3f5f7;--night:#1a2129"
 LABELLED = 40  # most layers with a name beside the picture
 LISTED = 8
 
@@ -17,8 +17,17 @@ LISTED = 8
 def race(metrics: dict[str, Any]) -> dict[str, Any] | None:
     """Lays out one small map for each rung, one for the ranking, and the ranking's first places beside the race's.
 
+    `metrics["search"]` has these keys; either list may be empty or missing:
+
+    - `rungs`: from the first rung to the last, each with `samples` (images that features were extracted of), `cells`,
+      and `flops` (what this rung took; optional). A cell has `layer`, `level`, `val` (validation score on those
+      samples) and `kept` (whether it goes on to the next rung; what it says in the last rung is not looked at). Cells
+      that left the race before are not listed again.
+    - `ranking`: the label-free ranking, each cell with `layer`, `level`, `alignment`, `uniformity` and `score` (higher
+      is better), in any order.
+
     Args:
-        metrics: With `search`: `rungs` and `ranking`, either of which may be missing or empty.
+        metrics: With `search`, and `layers` and `levels` for the order of rows and columns.
 
     Returns:
         `rungs` and `ranking` as maps, the `winner`, the `list` of the ranking's first places, and the `agreement` of
@@ -31,7 +40,7 @@ def race(metrics: dict[str, Any]) -> dict[str, Any] | None:
     everything = [cell for rung in rungs for cell in rung["cells"]] + ranking
     layers = _in_order([layer["name"] for layer in metrics.get("layers", [])], [cell["layer"] for cell in everything])
     levels = _in_order([level["key"] for level in metrics.get("levels", [])], [cell["level"] for cell in everything])
-    winner = max(rungs[-1]["cells"], key=lambda cell: cell["val"]) if rungs else None
+    winner = search.get("winner") or (max(rungs[-1]["cells"], key=lambda cell: cell["val"]) if rungs else None)
     spent = [rung.get("flops") for rung in rungs]
     maps = [_map(rung["cells"], layers, levels, "val", None if rung is rungs[-1] else "kept") for rung in rungs]
     for rung, drawn in zip(rungs, maps, strict=True):
@@ -47,7 +56,7 @@ def race(metrics: dict[str, Any]) -> dict[str, Any] | None:
         "flops": flops(sum(spent)) if spent and all(spent) else "",
         "ranking": _map(ranking, layers, levels, "score") if ranking else None,
         "list": _first_places(ranking, rungs),
-        "agreement": _agreement(ranking, rungs[0]["cells"]) if rungs and ranking else None,
+        "agreement": agreement(ranking, rungs[0]["cells"]) if rungs and ranking else None,
     }
 
 
@@ -83,7 +92,7 @@ def _map(
                     "y": round((row + inset) * high, 1),
                     "wide": round((1 - 2 * inset) * wide - 1, 1),
                     "high": round((1 - 2 * inset) * high - 1, 1),
-                    "colour": ramp(SCORES, 0.1 + 0.9 * share) if cell else EMPTY,
+                    "paint": paint(SCORES, 0.1 + 0.9 * share) if cell else EMPTY,
                     "title": f"{layer} @ {level}: {score(cell[by])}" if cell else "",
                 }
             )
@@ -107,7 +116,7 @@ def _first_places(ranking: list[dict[str, Any]], rungs: list[dict[str, Any]]) ->
     return places
 
 
-def _agreement(ranking: list[dict[str, Any]], cells: list[dict[str, Any]]) -> float | None:
+def agreement(ranking: list[dict[str, Any]], cells: list[dict[str, Any]]) -> float | None:
     """Returns Spearman's rank correlation of the ranking and the first rung's scores; None when one is constant."""
     found = {_key(cell): cell["val"] for cell in cells}
     both = [(cell["score"], found[_key(cell)]) for cell in ranking if _key(cell) in found]

@@ -6,12 +6,12 @@ import time
 import torch
 
 
-def median_times(rounds, calls):
-    """Runs the calls in turn `rounds` times after a warm-up and returns each one's median seconds."""
+def median_times(rounds, calls, warmups=2):
+    """Runs the calls in turn `rounds` times after warm-ups and returns each one's median seconds."""
     seconds = {name: [] for name in calls}
     for call in calls.values():
-        call()
-        call()
+        for _ in range(warmups):
+            call()
     for _ in range(rounds):
         for name, call in calls.items():
             began = time.perf_counter()

@@ -14,7 +14,7 @@ ORDER = [
     {"train", "correspond"},
     {"probe"},
     {"extract"},
-    {"heads", "metrics", "store", "data"},
+    {"heads", "metrics", "store", "data"},  # heads read features; DifFeed's reads the live network
     {"backbones"},
     {"taps", "noise", "dist"},
     {"report"},  # reads run folders only; any room may call it

@@ -93,6 +93,7 @@ def test_npz(tmp_path, open_set):
 
 def test_torchvision_sets_keep_labels_and_names_in_their_own_ways(tmp_path, open_set, png):
     """Caltech101 and GTSRB, whose labels a reader of `targets` would miss, in their real layout at tiny size."""
+    (tmp_path / "caltech101" / "101_ObjectCategories" / "BACKGROUND_Google").mkdir(parents=True)  # no class
     for name in ("ants", "bass"):
         folder = tmp_path / "caltech101" / "101_ObjectCategories" / name
         folder.mkdir(parents=True)

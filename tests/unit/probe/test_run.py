@@ -9,7 +9,7 @@ from diffrep import FeatureStore, run_probe
 from diffrep.config import ExtractConfig, LowDataConfig, ProbeConfig, SGDConfig, TrainedConfig
 from diffrep.errors import ConfigError, DataError, DiffrepError, StoreError, UnknownNameError
 from diffrep.heads import load_head
-from diffrep.probe import Probe, Reading, Task, judge, make_task, readings
+from diffrep.probe import Reading, Task, judge, make_task, readings
 from diffrep.probe.sweep import choose
 
 ALL_HEADS = ("logistic", "sgd", "ridge", "knn", "ncm")
@@ -56,7 +56,7 @@ def test_the_saved_head_is_the_scored_one(write_store, tmp_path):
     path = write_store(tmp_path / "store")
     metrics = run_probe(config(path, out=tmp_path / "run"))
     store, linear = FeatureStore(path), metrics["scores"][0]
-    head = load_head(tmp_path / "run" / "heads" / "logistic-regression")
+    head = load_head(tmp_path / "run" / "heads" / "linear")
     assert head.about["layers"] == [linear["layer"]]
     test = store.rows("test")
     predicted = head(store[linear["layer"], linear["level"]][test]).argmax(1)
@@ -86,9 +86,9 @@ def test_each_way_to_combine_is_scored(write_store, tmp_path):
     metrics = run_probe(config(write_store(tmp_path / "store"), combine=("single", "layers", "all"), finalists=1))
     names = [score["name"] for score in metrics["scores"]]
     assert names == [
-        "logistic regression",
-        "logistic regression, all layers",
-        "logistic regression, all",
+        "linear",
+        "linear, all layers",
+        "linear, all",
         "kNN",
         "kNN, all layers",
         "kNN, all",
@@ -228,16 +228,6 @@ def test_layers_and_levels_of_trained_heads_as_users_write_them(write_store, tmp
     assert (mine["name"], mine["head"], mine["layer"], mine["level"]) == ("mine", "attention", "up", "t=5")
     assert (difformer["layer"], difformer["level"]) == ("mid + up", "t=5 + t=50")
     assert difformer["forwards"] == 2.0
-
-
-def test_baselines_read_features_from_elsewhere(write_store, tmp_path, blobs):
-    probe = Probe(FeatureStore(write_store(tmp_path / "store")), config(tmp_path / "store"))
-    probe.sweep()
-    x, _ = blobs(90, dim=5, spread=0.1)
-    probe.baseline("blobs", lambda _: x, [Reading("blobs", "")])
-    (score,) = probe.finish()["scores"]
-    assert (score["name"], score["layer"], score["dim"]) == ("logistic regression on blobs", "blobs", 5)
-    assert (score["bytes"], score["flops"]) == (None, None)
 
 
 def test_judge_and_choose_read_any_features(blobs):

@@ -1,0 +1,121 @@
+"""`diffrep probe` on several processes gives what one process gives."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from diffrep import FeatureStore
+from diffrep.config import ProbeConfig
+from diffrep.heads import load_head
+from diffrep.probe import make_task
+from diffrep.probe.trained_data import Samples
+from diffrep.probe.trained_net import evaluate
+from diffrep.store import StoreWriter
+
+pytestmark = pytest.mark.mp
+TRAIN, TEST, CLASSES = 301, 600, 3
+LEVEL = "t=50"
+
+
+def run(*words, check=0):
+    """Runs the command in a process of its own, as a shell does."""
+    command = [sys.executable, "-m", "diffrep", "probe", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Maps of noisy class means, in units that no batch and no block ends with; 600 test samples are three blocks."""
+    path, count, shape = tmp_path_factory.mktemp("mp") / "store", TRAIN + TEST, (6, 4, 4)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(CLASSES, size=count)
+    centres = rng.normal(size=(CLASSES, *shape))
+    meta = {
+        "numerics": 1,
+        "backbone": {"name": "net"},
+        "request": {},
+        "layers": {name: {"shape": list(shape), "cost": cost} for name, cost in (("mid", 0.5), ("up", 1.0))},
+        "levels": [[LEVEL, LEVEL, 50, 0.9, 0.4]],
+        "data": {"path": "photos"},
+        "splits": {"train": [0, TRAIN], "test": [TRAIN, count]},
+        "classes": None,
+        "unit_size": 130,
+        "versions": {},
+    }
+    features = {
+        f"{name}@{LEVEL}": torch.from_numpy(centres[labels] + spread * rng.normal(size=(count, *shape))).half()
+        for name, spread in (("mid", 8.0), ("up", 4.0))
+    }
+    writer = StoreWriter(path, meta)
+    for unit in writer.units:
+        rows = list(unit.rows)
+        tensors = {name: whole[rows] for name, whole in features.items()}
+        writer.write(unit, tensors, [f"id{row}" for row in rows], rows, labels[rows].tolist(), [])
+    writer.finish()
+    return path
+
+
+def words(store, out, processes, *more):
+    return [f"store={store}", f"out={out}", "val_fraction=0.3", *more, "--nproc", processes]
+
+
+def scores_in(folder):
+    """Scores of results.json by name."""
+    return {one["name"]: one for one in json.loads((folder / "results.json").read_text())["metrics"]["scores"]}
+
+
+def stored_scores(folder):
+    with safe_open(folder / "seed-0" / "finished.safetensors", framework="pt") as file:
+        return file.get_tensor("scores")
+
+
+def test_two_processes_judge_alike_and_train_alike(store, tmp_path):
+    trained = [
+        # Without dropout, and with SGD, which does not enlarge rounding, only the order of sums is left to differ.
+        "trained.conv={epochs: 4, width: 8, dropout: 0, optimizer: sgd, lr: 0.1, batch_size: 64}",
+        "trained.attention={epochs: 4, width: 16, depth: 1, lr: 0.01, batch_size: 64}",
+        "trained.linear={epochs: 4, norm: standard, batch_size: 64}",
+    ]
+    more = ["heads=[logistic,knn,ridge]", "neighbours=[5]", *trained]
+    run(*words(store, tmp_path / "one", 1, *more))
+    two = run(*words(store, tmp_path / "two", 2, *more))
+    # A launcher that starts one process and says nothing would pass the comparison.
+    assert "train conv in 2 processes" in two.stderr
+    assert two.stderr.count("4/4") == two.stderr.count("train ") // two.stderr.count("\r") or "\r" in two.stderr
+    first, second = scores_in(tmp_path / "one"), scores_in(tmp_path / "two")
+    assert list(first) == list(second)
+    for name in ("logistic regression", "kNN", "ridge"):
+        assert first[name] == second[name]
+    task, features = make_task(FeatureStore(store), ProbeConfig(store=store, val_fraction=0.3)), FeatureStore(store)
+    labels = task.labels[task.test]
+    for name in ("conv", "attention", "linear"):
+        one, other = first[name], second[name]
+        assert other["val"] == pytest.approx(one["val"], abs=0.1)
+        assert other["test"] == pytest.approx(one["test"], abs=0.05)
+        assert one["test"] > 0.5, "chance is 0.33"
+        scores = stored_scores(tmp_path / "two" / "trained" / name)
+        assert scores.shape == (TEST, CLASSES)
+        assert (scores.argmax(1) == labels).double().mean().item() == other["test"]
+        # The weights that two processes learned, scored by one: every bit is the same, so nothing was dropped,
+        # counted twice or put in another's place.
+        head = load_head(tmp_path / "two" / "heads" / name)
+        samples = Samples(features, [(other["layer"], other["level"])], task.test, None)
+        assert torch.equal(evaluate(name, head, samples, task.test, CLASSES, torch.device("cpu"))[0], scores)
+    for name in ("conv", "linear"):
+        pair = [load_head(tmp_path / folder / "heads" / name).state_dict() for folder in ("one", "two")]
+        for key, value in pair[0].items():
+            torch.testing.assert_close(value, pair[1][key], atol=2e-3, rtol=1e-3)
+
+
+def test_batches_must_divide(store, tmp_path):
+    linear = "trained.linear={epochs: 1, batch_size: 65}"
+    done = run(*words(store, tmp_path / "run", 2, "heads=[ridge]", linear), check=1)
+    assert "batch_size 65 does not divide among 2 processes" in done.stderr

@@ -1,0 +1,198 @@
+"""`run_feedback` from images to a report, on a tiny U-Net."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffrep.config import read_results
+from diffrep.config.feedback import FeedbackConfig
+from diffrep.data import open_images
+from diffrep.errors import CheckpointError, ConfigError, DataError
+from diffrep.probe.feedback import FeedbackRun, open_feedback, run_feedback
+
+# Dies by SIGKILL while it scores the validation samples of the third epoch: nothing can be tidied up.
+KILLED = """
+import os, signal, sys
+from diffrep.config import load_config
+from diffrep.config.feedback import FeedbackConfig
+from diffrep.probe import feedback
+
+class Doomed(feedback.FeedbackRun):
+    evaluated = 0
+
+    def inputs(self, batch, draw, seed, flip=False):
+        self.evaluated += draw == feedback.EVALUATION
+        if self.evaluated == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().inputs(batch, draw, seed, flip)
+
+feedback.FeedbackRun = Doomed
+feedback.run_feedback(load_config(FeedbackConfig, [sys.argv[1]]))
+"""
+
+
+@pytest.fixture
+def config(unet_folder, image_folder, tmp_path):
+    def make(name="run", **changes):
+        plain = {
+            "backbone": {"source": str(unet_folder), "device": "cpu"},
+            "data": {"path": str(image_folder)},
+            "out": str(tmp_path / name),
+            "levels": [5],
+            "read": ["up_blocks.0"],
+            "head": {"width": 8, "heads": 2, "depth": 1, "pool": 4, "dropout": 0.1},
+            "epochs": 4,
+            "batch_size": 4,
+            "optimizer": "adamw",
+            "lr": 0.02,
+            "flip": True,
+        }
+        return FeedbackConfig.model_validate(plain | changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return lambda config, seed=0: load_file(config_folder(config) / f"head-feedback-seed-{seed}.safetensors")
+
+
+def config_folder(config):
+    from pathlib import Path
+
+    return Path(config.out)
+
+
+def test_images_in_results_and_report_out(config, weights):
+    config = config(epochs=12, seeds=2, levels=[5, 50], read=["up_blocks.0", "up_blocks.1"])
+    metrics, out = run_feedback(config), config_folder(config)
+    (score,) = metrics["scores"]
+    assert score["test"] > 0.8  # three classes, told apart by their brightness
+    assert score["error"] is not None
+    assert metrics["samples"] == {"train": 15, "val": 3, "test": 18, "classes": 3, "seeds": 2}
+    assert [level["key"] for level in metrics["levels"]] == ["t=5", "t=50"]
+    assert read_results(out)["metrics"] == json.loads(json.dumps(metrics))
+    assert "DifFeed" in (out / "report.html").read_text()
+    assert (out / "seed-1" / "logs").is_dir()
+    first, second = weights(config, 0), weights(config, 1)
+    assert first.keys() == second.keys()
+    assert {name.split(".")[0] for name in first} == {"feedback", "head"}
+    # The saved weights, opened again, are those that were scored.
+    network, run = open_feedback(out), FeedbackRun(config)
+    stored = load_file(out / "seed-0" / "scores.safetensors")
+    assert torch.equal(stored["rows"], torch.from_numpy(run.task.test))
+    torch.testing.assert_close(run.scores(network, run.task.test, 0), stored["scores"])
+    assert open_feedback(out, seed=1).state_dict().keys() == first.keys()
+    with pytest.raises(CheckpointError, match="no .*seed-7"):
+        open_feedback(out, seed=7)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(config, weights, tmp_path):
+    whole, killed = config("whole"), config("killed")
+    run_feedback(whole)
+    file = tmp_path / "killed.yaml"
+    file.write_text(killed.model_dump_json())
+    process = subprocess.run([sys.executable, "-c", KILLED, str(file)], capture_output=True, text=True)
+    assert process.returncode == -9, process.stderr
+    assert not (config_folder(killed) / "results.json").exists()
+    reached = torch.load(config_folder(killed) / "seed-0" / "last.ckpt", weights_only=True)
+    assert reached["epoch"] == 1
+    run_feedback(killed)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(killed)[name]), name
+    found = [read_results(config_folder(one))["metrics"]["scores"] for one in (whole, killed)]
+    assert found[0] == found[1]
+
+
+def test_a_run_is_drawn_out_and_not_cut_short(config, weights):
+    straight = config("straight")
+    run_feedback(straight)
+    run_feedback(config("drawn", epochs=2))
+    drawn = config("drawn")
+    run_feedback(drawn)
+    assert all(torch.equal(value, weights(drawn)[name]) for name, value in weights(straight).items())
+    before = (config_folder(drawn) / "seed-0" / "done.json").stat().st_mtime_ns
+    run_feedback(drawn)
+    assert (config_folder(drawn) / "seed-0" / "done.json").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match="was to have 4 epochs, and epochs=3"):
+        run_feedback(config("drawn", epochs=3))
+
+
+def test_another_config_is_refused(config):
+    run_feedback(config(epochs=1))
+    with pytest.raises(ConfigError, match=r"other settings \(lr: 0.02 there, 0.1 now\); use another out"):
+        run_feedback(config(epochs=1, lr=0.1))
+
+
+def test_other_images_are_refused(config, image_folder, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(image_folder, tmp_path / "photos")
+    config = config(epochs=1, data={"path": str(folder)})
+    run_feedback(config)
+    (folder / "train" / "class0" / "0.png").unlink()
+    with pytest.raises(ConfigError, match="other settings .*images: "):
+        run_feedback(config)
+
+
+def test_a_damaged_checkpoint_is_named(config):
+    config = config(epochs=1)
+    folder = config_folder(config) / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(CheckpointError, match="cannot read the checkpoint .*last.ckpt"):
+        run_feedback(config)
+
+
+def test_scores_do_not_depend_on_the_batch(config):
+    first, second = FeedbackRun(config(batch_size=4)), FeedbackRun(config(batch_size=7))
+    network, rows = first.network(0), first.task.test
+    torch.testing.assert_close(first.scores(network, rows, 0), second.scores(network, rows, 0))
+    backwards = second.scores(network, rows[::-1].copy(), 0).flip(0)
+    torch.testing.assert_close(first.scores(network, rows, 0), backwards)
+
+
+def test_a_linear_head_reads_one_map(config):
+    run = FeedbackRun(config(head={"kind": "linear", "pool": 2, "norm": "batch"}, noise="none"))
+    batch = next(iter(run.loader(run.task.train)))
+    assert run.network(0)(run.inputs(batch, 1, 0)).shape == (4, 3)
+    clean = next(iter(run.inputs(batch, 1, 0).values()))[0]
+    torch.testing.assert_close(clean, next(iter(run.inputs(batch, 2, 3).values()))[0])
+    with pytest.raises(ConfigError, match="head.kind linear reads one layer at one level, and 1 layers at 2 levels"):
+        FeedbackRun(config(head={"kind": "linear"}, levels=[5, 9])).network(0)
+
+
+def test_what_cannot_be_trained_is_told(config, tmp_path):
+    with pytest.raises(ConfigError, match="levels names one level twice"):
+        FeedbackRun(config(levels=[5, "5"]))
+    images = np.random.default_rng(0).integers(0, 256, (12, 16, 16), dtype=np.uint8)
+    for name, labels, message in (
+        ("none", None, "have no labels"),
+        ("several", np.eye(3, dtype=np.int64)[np.arange(12) % 3], "have several labels each"),
+    ):
+        arrays = {} if labels is None else {"train_labels": labels, "test_labels": labels}
+        np.savez(tmp_path / f"{name}.npz", train_images=images, test_images=images, **arrays)
+        with pytest.raises(DataError, match=message):
+            FeedbackRun(config(data={"path": str(tmp_path / f"{name}.npz")}))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config):
+    from diffrep.errors import DiffrepError
+
+    with pytest.raises(DiffrepError, match="the loss is .* in epoch .*; lower lr"):
+        run_feedback(config(optimizer="sgd", lr=1e12, head={"kind": "linear", "pool": 2, "norm": "none"}))
+
+
+def test_images_of_several_sizes_need_a_size(config, image_folder):
+    run = FeedbackRun(config())
+    images = open_images(config().data, 1)
+    from diffrep.probe.feedback_fit import collate
+
+    with pytest.raises(ConfigError, match="differ in size"):
+        collate([(0, images[0]), (1, images[1][:, :8])])
+    assert run.size == (16, 16)
