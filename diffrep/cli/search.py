@@ -33,8 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from diffrep import dist
+    from diffrep.probe.laststage import shortlist
     from diffrep.probe.run import table
-    from diffrep.probe.search import Search, run_search, shortlist
+    from diffrep.probe.search import Search, run_search
 
     if arguments.dry_run:
         print(Search(on_meta(config)).text())

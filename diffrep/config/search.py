@@ -30,8 +30,8 @@ class SearchProbeConfig(ProbeConfig):
         for key in ("combine", "trained", "baselines"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
-                    f"probe.{key} needs what a search does not extract; run 'diffrep extract' with the layers and levels "
-                    "that the search found, and 'diffrep probe' on that store"
+                    f"probe.{key} needs what a search does not extract; run 'diffrep extract' with the layers and "
+                    "levels that the search found, and 'diffrep probe' on that store"
                 )
         return self
 
@@ -49,8 +49,8 @@ class SearchConfig(ExtractConfig):
         rungs: Samples of every rung, rising, in place of `first` and its multiples.
         keep: Cells that are left after the last rung, and probed on all samples.
         head: What cells are judged by in the rungs: "logistic", "ridge" or "knn".
-        ranking: "beside" also ranks all cells without labels on the samples of the first rung, which reads them under a
-            second noise seed; "only" does that and nothing else, and needs no labels; "none" does not.
+        ranking: "beside" also ranks all cells without labels on the samples of the first rung, which reads them under
+            a second noise seed; "only" does that and nothing else, and needs no labels; "none" does not.
         probe: Splits, metric and settings of the heads, and which heads are fitted on the cells that are left.
         seed: Seeds splits, the order in which samples join, the bootstrap, and heads that draw.
     """

@@ -135,7 +135,8 @@ def read_torchvision(
         labels = None if targets is None else integers(targets, f"the labels of torchvision {name}")
         readers[split] = MapReader(split, rows, _first_of_pair, labels, ["torchvision", name, split, _digest(rows)])
         classes = classes or getattr(rows, "classes", None) or getattr(rows, "categories", None)
-    return readers, [str(c) for c in classes] if classes else None
+    # A class of ImageNet is a tuple of synonyms, whose first one two classes may share.
+    return readers, [c if isinstance(c, str) else ", ".join(c) for c in classes] if classes else None
 
 
 def _targets(rows: Any) -> Any:

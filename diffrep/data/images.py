@@ -154,6 +154,12 @@ class ImageSet(Dataset):
                 if reader.labels.dtype.kind not in "iu" or reader.labels.ndim not in (1, 2):
                     raise DataError(f"the labels of split {name!r} are {reader.labels.dtype}; they must be integers")
                 shapes.add(reader.labels.shape[1:])
+                several = reader.labels.ndim == 2
+                found = reader.labels.shape[1] if several else int(reader.labels.max(initial=-1)) + 1
+                if self.classes and (found > len(self.classes) or several and found < len(self.classes)):
+                    raise DataError(
+                        f"split {name!r} has labels of {found} classes, and {len(self.classes)} have names"
+                    )
         if len(shapes) > 1:
             raise DataError(f"the splits differ in the number of labels a sample has: {sorted(shapes)}")
 

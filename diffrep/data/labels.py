@@ -63,6 +63,8 @@ def number_labels(values: list[Any], place: Callable[[int], str]) -> tuple[np.nd
         numbers = {name: i for i, name in enumerate(classes)}
         rows = [[numbers[label] for label in row] for row in rows]
     if several:
+        if classes is not None:
+            _refuse_twice(values, place)
         return multi_hot(rows, None if classes is None else len(classes), place), classes
     return np.array([row[0] for row in rows], dtype=np.int64), classes
 
@@ -70,7 +72,9 @@ def number_labels(values: list[Any], place: Callable[[int], str]) -> tuple[np.nd
 def multi_hot(rows: list[list[int]], count: int | None, place: Callable[[int], str]) -> np.ndarray:
     """Turns class numbers into rows of 0 and 1, (n, L).
 
-    Rows that are 0 and 1 already are told by a number that comes twice in a row, which class numbers never do.
+    Rows that are 0 and 1 already are told by a number that comes twice in a row, which class numbers never do. Where
+    every row is 0, 1 or 1, 0, and no number of classes is given, they are read as 0 and 1 too: as class numbers they
+    would give each sample both classes.
 
     Args:
         rows: The numbers of each sample's classes.
@@ -80,12 +84,13 @@ def multi_hot(rows: list[list[int]], count: int | None, place: Callable[[int], s
     Raises:
         DataError: A number comes twice in a row, or is not below `count`.
     """
-    twice = next((i for i, row in enumerate(rows) if len(set(row)) < len(row)), None)
-    if twice is not None:
+    if rows and count is None and all(sorted(row) == [0, 1] for row in rows):
+        return np.array(rows, dtype=np.int64)
+    if any(len(set(row)) < len(row) for row in rows):
         lengths = {len(row) for row in rows}
         if len(lengths) == 1 and lengths <= {count or len(rows[0])} and all(set(row) <= {0, 1} for row in rows):
             return np.array(rows, dtype=np.int64)
-        raise DataError(f"{place(twice)}: the labels {rows[twice]} name a class twice")
+        _refuse_twice(rows, place)
     count = count or max((number for row in rows for number in row), default=-1) + 1
     hot = np.zeros((len(rows), count), dtype=np.int64)
     for i, row in enumerate(rows):
@@ -93,6 +98,12 @@ def multi_hot(rows: list[list[int]], count: int | None, place: Callable[[int], s
             raise DataError(f"{place(i)}: the labels {row} are not all from 0 to {count - 1}")
         hot[i, row] = 1
     return hot
+
+
+def _refuse_twice(rows: list[list[Any]], place: Callable[[int], str]) -> None:
+    for i, row in enumerate(rows):
+        if len(set(row)) < len(row):
+            raise DataError(f"{place(i)}: the labels {row} name a class twice")
 
 
 def from_text(text: str) -> int | float | str:

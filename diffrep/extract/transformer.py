@@ -213,11 +213,9 @@ class DiffrepFeatures(TransformerMixin, BaseEstimator):
 class _Reader:
     """Images on their way into an extractor, a batch at a time."""
 
-    def __init__(
-        self, images: Any, settings: _Settings, extractor: Extractor, root: str | None, cond: int | str | None
-    ):
-        self.settings, self.extractor, self.backbone, self.cond = settings, extractor, extractor.backbone, cond
-        self.root = None if root is None else Path(root).expanduser()
+    def __init__(self, images: Any, settings: _Settings, extractor: Extractor):
+        self.settings, self.extractor, self.backbone = settings, extractor, extractor.backbone
+        self.root = None if settings.root is None else Path(settings.root).expanduser()
         self.transform = Transform(self.backbone.image_channels, settings.size, settings.fit)
         table = hasattr(images, "iloc") and images.ndim == 2
         if table or isinstance(images, (str, bytes, dict, Path, Image.Image)) or not hasattr(images, "__len__"):

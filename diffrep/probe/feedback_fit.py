@@ -56,7 +56,9 @@ def fit(
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     best = {"monitor": "val_accuracy", "mode": "max"}
-    saver = ModelCheckpoint(folder, filename="best", save_last=True, enable_version_counter=False, **best)
+    saver = ModelCheckpoint(folder, filename="best", enable_version_counter=False, **best)
+    # Not `save_last`, which only writes when the best is written, and after the best, whose score it holds.
+    last = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
     stops = [] if config.patience is None else [EarlyStopping(patience=config.patience, **best)]
     with warnings.catch_warnings():
         # A run folder is used again when a run goes on; few steps an epoch are no mistake; how many workers there are
@@ -67,7 +69,7 @@ def fit(
             max_epochs=config.epochs,
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
             devices=[device.index or 0] if device.type == "cuda" else 1,
-            callbacks=[saver, *stops, _bar(f"{NAME}, seed {seed}")],
+            callbacks=[saver, last, *stops, _bar(f"{NAME}, seed {seed}")],
             logger=CSVLogger(folder, name="logs"),
             log_every_n_steps=20,
             enable_model_summary=False,

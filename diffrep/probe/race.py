@@ -94,8 +94,8 @@ def members(task: Task, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         sizes = ((n, *_shares(n, len(train), len(val))) for n in range(size, total + 1))
         enough = next(n for n, *both in sizes if both[0] >= first and both[1] >= second)
         raise ConfigError(
-            f"a rung of {size:,} samples has {shares[0]:,} to fit on and {shares[1]:,} to choose on, too few for one of "
-            f"each of the {task.classes:,} classes; the first rung needs at least {enough:,} samples"
+            f"a rung of {size:,} samples has {shares[0]:,} to fit on and {shares[1]:,} to choose on, too few for one "
+            f"of each of the {task.classes:,} classes; the first rung needs at least {enough:,} samples"
         )
     return np.sort(train[: shares[0]]), np.sort(val[: shares[1]])
 

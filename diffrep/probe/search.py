@@ -19,10 +19,10 @@ from diffrep.extract.job import ExtractJob, open_backbone
 from diffrep.extract.plan import scaled
 from diffrep.metrics.uniformity import alignment, uniformity
 from diffrep.probe.feedback import _Labelled
+from diffrep.probe.laststage import LastStage, cost_note, row, same, single
 from diffrep.probe.race import Cell, Work, groups, ladder, members, most_work, survivors, work
-from diffrep.probe.reading import Reading, pooled, readings
+from diffrep.probe.reading import pooled
 from diffrep.probe.rung import JointStore, extract_together
-from diffrep.probe.run import Probe
 from diffrep.probe.sweep import sweep
 from diffrep.probe.task import Task, make_task
 from diffrep.report import write_report
@@ -31,8 +31,8 @@ from diffrep.store import FeatureStore
 from diffrep.store.layout import read_json, write_json
 from diffrep.store.writer import flatten
 
-# Keys that may differ between a search and its resume: they change neither a feature nor who stays in the race. Whether
-# images and weights are the same is told by the stores.
+# Keys that may differ between a search and its resume: they change neither a feature nor who stays in the race.
+# Whether images and weights are the same is told by the stores.
 FREE_KEYS = (
     *("out", "batch_size", "workers", "backbone.source", "data.path"),
     *("backbone.device", "backbone.attention", "backbone.channels_last", "backbone.compile"),
@@ -46,9 +46,9 @@ def run_search(config: SearchConfig, backbone: Backbone | None = None) -> dict[s
     """Races the cells of the grid, or goes on with the race in `config.out`, and probes those that are left.
 
     Every rung extracts only what is new: samples that were in no rung yet, at the cells that are still in the race.
-    After the last one the cells that are left are extracted from all samples and probed as `diffrep probe` does: chosen
-    on validation samples, scored once on test samples, which were in no rung. Writes `config.yaml`, `results.json`,
-    `report.html`, `arrays.npz`, `trials.csv`, the heads and, in `rungs/`, the features.
+    After the last one the cells that are left are extracted from all samples and probed as `diffrep probe` does:
+    chosen on validation samples, scored once on test samples, which were in no rung. Writes `config.yaml`,
+    `results.json`, `report.html`, `arrays.npz`, `trials.csv`, the heads and, in `rungs/`, the features.
 
     Args:
         config: Grid, rungs and heads.
@@ -84,12 +84,8 @@ class Search:
         self.config, self.out, judged = config, Path(config.out), config.probe
         self.backbone = backbone or open_backbone(config.backbone)
         self.blind = config.ranking == "only"
-        roles = (
-            judged.train_split,
-            None if self.blind else judged.val_split,
-            None if self.blind else judged.test_split,
-        )
-        splits = tuple(dict.fromkeys(name for name in roles if name is not None))
+        others = () if self.blind else (judged.val_split, judged.test_split)
+        splits = tuple(dict.fromkeys(name for name in (judged.train_split, *others) if name is not None))
         limit = config.data.limit
         limit = {name: n for name, n in limit.items() if name in splits} or None if isinstance(limit, dict) else limit
         data = config.data.model_copy(update={"splits": splits, "limit": limit})
@@ -114,11 +110,8 @@ class Search:
 
     def text(self) -> str:
         """Returns what the search would do, in lines; which cells stay is not known, so costs are upper bounds."""
-        encode = self.plan.encode_flops
-        rank = self._ranking_work()
-        lines = [
-            f"grid      {len(self.plan.addresses)} layers x {len(self.plan.draws)} levels, {len(self.cells)} cells"
-        ]
+        layers, levels, rank = len(self.plan.addresses), len(self.plan.draws), self._ranking_work()
+        lines = [f"grid      {layers} layers x {levels} levels, {len(self.cells)} cells"]
         total, seen = Work(), 0
         for number, rows in enumerate(self.rows):
             cells = self.rungs[number].cells if number < len(self.rungs) else self.config.keep
@@ -129,13 +122,8 @@ class Search:
             lines.append(f"{name} {len(rows):,} samples, {cells} cells{self._costs(new)}")
         if self.config.ranking != "none":
             lines.append(f"ranking   {len(self.rows[0]):,} samples, {len(self.noised)} cells again{self._costs(rank)}")
-        full = self.full_work()
-        lines.append(
-            f"total     at most {self._amount(total + rank)}, {encode / self.plan.flops:.0%} of an image encoding"
-        )
-        lines.append(
-            f"full grid {self._amount(full)}; the search takes at most {(total + rank).flops / full.flops:.0%}"
-        )
+        lines.append(f"total     {self._costs(total + rank)[2:]}")
+        lines.append(f"full grid {self._amount(self.full_work())}")
         return "\n".join(lines)
 
     def full_work(self) -> Work:
@@ -167,7 +155,7 @@ class Search:
             alive = [(cell["layer"], cell["level"]) for cell in cells if cell["kept"]]
             self._say(number, cells)
         joint = JointStore(parts, self.images, alive, self.out / "rungs")
-        return _LastStage(self, joint, alive, told, spent, ranking, parts[0][0]).conclude()
+        return LastStage(self, joint, alive, told, spent, ranking, parts[0][0]).conclude()
 
     def task_of(self, joint: JointStore, task: Task, rows: np.ndarray) -> Task:
         """Returns the roles that samples of a joint store have among all samples; those outside `rows` have none."""
@@ -182,8 +170,8 @@ class Search:
         """Reads the labels and returns the number of test samples."""
         if not self.images.labelled:
             raise DataError(
-                f"{self.config.data.path} has no labels, and a search judges cells by them; ranking=only ranks the cells "
-                "without labels"
+                f"{self.config.data.path} has no labels, and a search judges cells by them; ranking=only ranks "
+                "the cells without labels"
             )
         self.labelled = _Labelled(self.images, self.config.data.path)
         return len(self.task(self.config.seed).test)
@@ -265,7 +253,7 @@ class Search:
         if not file.exists():
             task = self.task_of(joint, self.task(self.config.seed), self.rows[number])
             config = self.probe.model_copy(update={"heads": (self.config.head,)})
-            among = _single(joint, self.probe, alive)
+            among = single(joint, self.probe, alive)
             judged = sweep(lambda one: one.read(joint), among, task, config, self.config.seed)
             best: dict[Cell, float] = {}
             for one in judged:  # a cell is as good as its best pooling
@@ -273,16 +261,16 @@ class Search:
                 best[cell] = max(best.get(cell, -1.0), one.val)
             kept = survivors(alive, [best[cell] for cell in alive], self.rungs[number].kept)
             if state.is_main_process:
-                write_json(file, [_row(cell) | {"val": best[cell], "kept": cell in kept} for cell in alive])
+                write_json(file, [row(cell) | {"val": best[cell], "kept": cell in kept} for cell in alive])
             state.wait_for_everyone()
         return read_json(file)
 
     def _say(self, number: int, cells: list[dict[str, Any]]) -> None:
         if dist.state().is_main_process:
             best = max(cells, key=lambda cell: cell["val"])
-            rung = self.rungs[number]
+            rung, of = self.rungs[number], f"rung {number + 1} of {len(self.rungs)}"
             print(
-                f"rung {number + 1} of {len(self.rungs)}: {rung.samples:,} samples, {rung.cells} cells, {rung.kept} stay; "
+                f"{of}: {rung.samples:,} samples, {rung.cells} cells, {rung.kept} stay; "
                 f"best so far {best['layer']}@{best['level']} {best['val']:.3f}",
                 flush=True,
             )
@@ -300,9 +288,9 @@ class Search:
             other = pooled(repeated.tensor(*cell), None) if cell in self.noised else one
             aligned, uniform = alignment(one, other), uniformity(one)
             found = {"alignment": aligned, "uniformity": uniform, "score": -(aligned + uniform)}
-            rows.append((index, _row(cell) | found))
+            rows.append((index, row(cell) | found))
         gathered = gather_object(rows) if state.num_processes > 1 else rows
-        return [row for _, row in sorted(gathered, key=lambda pair: pair[0])]
+        return [one for _, one in sorted(gathered, key=lambda pair: pair[0])]
 
     def found(
         self, ranking: list[dict[str, Any]], told: list[dict[str, Any]], winner: dict[str, Any] | None
@@ -312,9 +300,9 @@ class Search:
         first = work(self.plan, self.cells).flops * len(self.rows[0])
         spent = rank + (first if self.blind else race)
         values = {(cell["layer"], cell["level"]): cell["val"] for rung in told for cell in rung["cells"]}
-        pick = max(ranking, key=lambda row: row["score"]) if ranking else None
+        pick = max(ranking, key=lambda one: one["score"]) if ranking else None
         if pick and told:
-            pick = pick | {"val": values[pick["layer"], pick["level"]], "winner": _same(pick, winner)}
+            pick = pick | {"val": values[pick["layer"], pick["level"]], "winner": same(pick, winner)}
         return {
             "rungs": told,
             "winner": winner,
@@ -340,7 +328,7 @@ class Search:
             "search": found,
             "notes": [
                 f"Cells were ranked without labels, on {len(self.rows[0]):,} samples; no accuracy was measured.",
-                _cost_note(found),
+                cost_note(found),
             ],
         }
         write_results(self.out, self.config, self.config.seed, metrics)
@@ -355,98 +343,3 @@ class Search:
             "levels": [{"key": key, "time": level.time, "sigma": level.sigma} for key, level in store.levels.items()],
             "costs": store.meta["costs"],
         }
-
-
-class _LastStage(Probe):
-    """The usual probe, on the cells that are left, with the story of the race among its metrics."""
-
-    def __init__(
-        self,
-        search: Search,
-        joint: JointStore,
-        alive: list[Cell],
-        told: list[dict[str, Any]],
-        spent: Work,
-        ranking: list[dict[str, Any]],
-        grid: FeatureStore,
-    ):
-        super().__init__(joint, search.probe)
-        self.search, self.told, self.spent, self.ranking, self.grid = search, told, spent, ranking, grid
-        self.readings = _single(joint, search.probe, alive)
-        # Roles are drawn among all samples, as for the rungs, even where some turned out to be unreadable.
-        everyone = search.rows[-1]
-        self.tasks = [search.task_of(joint, search.task(seed), everyone) for seed in self.seeds]
-
-    def conclude(self) -> dict[str, Any]:
-        """Judges and scores, and writes the run folder."""
-        self.sweep()
-        for head in self.config.heads:
-            self.score(head)
-        metrics = self.finish()
-        if metrics:  # in the main process, once more, under the name of the search
-            config = self.search.config
-            write_results(self.out, config, config.seed, metrics)
-            write_report(self.out)
-        return metrics
-
-    def metrics(self, notes: list[str]) -> dict[str, Any]:
-        """Returns the probe's metrics over the whole grid's layers and levels, and `search`."""
-        metrics = super().metrics(notes)
-        head = self.search.config.head
-        chosen = next(result.score for result in self.results if result.head == head)
-        winner = {"layer": chosen.layer, "level": chosen.level, "val": chosen.val}
-        best: dict[Cell, float] = {}
-        for cell in metrics["cells"]:
-            if cell["head"] == head:
-                name = (cell["layer"], cell["level"])
-                best[name] = max(best.get(name, -1.0), cell["val"])
-        cells = [_row(cell) | {"val": val, "kept": _same(_row(cell), winner)} for cell, val in best.items()]
-        count = len(self.task.train) + len(self.task.val)
-        last = {"samples": count, "flops": self.spent.flops, "forwards": self.spent.forwards, "cells": cells}
-        found = self.search.found(self.ranking, [*self.told, last], winner)
-        return metrics | self.search.grid(self.grid) | {"search": found, "notes": [*notes, *_notes(found)]}
-
-
-def _single(joint: JointStore, config: ProbeConfig, cells: list[Cell]) -> list[Reading]:
-    """Returns the readings of the cells; layers and levels span more than the cells where levels lost other layers."""
-    wanted = set(cells)
-    return [one for one in readings(joint, config) if (one.layer, one.level) in wanted]
-
-
-def _row(cell: Cell) -> dict[str, Any]:
-    return {"layer": cell[0], "level": cell[1]}
-
-
-def _same(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
-    return other is not None and (one["layer"], one["level"]) == (other["layer"], other["level"])
-
-
-def _cost_note(found: dict[str, Any]) -> str:
-    cost = found["cost"]
-    ranking = f", {scaled(cost['ranking_flops'])}FLOPs of it for the label-free ranking" if found["ranking"] else ""
-    return (
-        f"The search spent {scaled(cost['flops'])}FLOPs{ranking}: {cost['share']:.0%} of the "
-        f"{scaled(cost['full_flops'])}FLOPs that the full grid takes."
-    )
-
-
-def _notes(found: dict[str, Any]) -> list[str]:
-    pick = found["pick"]
-    if pick is None:
-        return [_cost_note(found)]
-    same = "also the winner" if pick["winner"] else "not the winner"
-    agrees = "" if found["spearman"] is None else f" (Spearman {found['spearman']:.2f} with the first rung's scores)"
-    told = f"The label-free ranking{agrees} would have picked {pick['layer']}@{pick['level']}, {same}."
-    return [_cost_note(found), told]
-
-
-def shortlist(metrics: dict[str, Any], count: int = 5) -> str:
-    """Returns the first places of the label-free ranking as a text table."""
-    best = sorted(metrics["search"]["ranking"], key=lambda row: -row["score"])[:count]
-    rows = [("cell", "alignment", "uniformity", "score")]
-    rows += [
-        (f"{row['layer']}@{row['level']}", *(f"{row[key]:.3f}" for key in ("alignment", "uniformity", "score")))
-        for row in best
-    ]
-    width = max(len(row[0]) for row in rows)
-    return "\n".join("  ".join((row[0].ljust(width), *(text.rjust(10) for text in row[1:]))) for row in rows)

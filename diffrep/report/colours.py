@@ -44,6 +44,7 @@ KINDS = (
 )
 ACCENT = KINDS[0]
 INK = "--day:#1d2733;--night:#e4e9ee"
+EVEN = 0.196  # relative luminance on which white and the dark of style.css.jinja are read equally well
 GREY = "--day:#c9d1d9;--night:#46525f"
 
 
@@ -54,13 +55,15 @@ def paint(ramp: Ramp, share: float) -> str:
 
 def words(ramp: Ramp, share: float) -> str:
     """Returns the classes of text on that colour: "dark" where it must be light by day, "lit" dark by night."""
-    dark, lit = _luma(_mix(ramp.day, share)) < 140, _luma(_mix(ramp.night, share)) >= 140
-    return " ".join(["dark"] * dark + ["lit"] * lit)
+    day, night = (_luminance(_mix(stops, share)) for stops in (ramp.day, ramp.night))
+    return " ".join(["dark"] * (day < EVEN) + ["lit"] * (night >= EVEN))
 
 
-def _luma(colour: Sequence[float]) -> float:
-    red, green, blue = colour
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue  # Rec. 709
+def _luminance(colour: Sequence[float]) -> float:
+    """Returns the relative luminance of an sRGB colour (WCAG 2)."""
+    parts = [part / 255 for part in colour]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def _hex(colour: Sequence[float]) -> str:

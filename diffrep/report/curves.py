@@ -11,8 +11,8 @@ from diffrep.report.formats import HEADS, shortened
 from diffrep.report.heat import Grid, describe
 
 COLOURED = 10
-LABEL = 26  # characters of a line's name beside the drawing
-WIDE, NARROW = (1060, 398, 850), (372, 330, 362)  # width, height and right end of the axis
+LABEL = 30  # characters of a line's name beside the drawing
+WIDE, NARROW = (1060, 398, 838), (372, 330, 362)  # width, height and right end of the axis
 
 
 def level_curves(metrics: dict[str, Any], grid: Grid) -> dict[str, Any] | None:

@@ -94,8 +94,8 @@ def clipped(text: str) -> str:
 
 
 def breakable(name: str) -> Markup:
-    """Returns a name that may be broken after its dots and underscores, and after the signs that join several."""
-    return Markup(re.sub(r"([_@+]|(?<!\d)\.)(?=\S)", r"\1<wbr>", str(escape(name))))
+    """Returns a name that may be broken where a part of an address begins, and after the signs that join several."""
+    return Markup(re.sub(r"(\.(?=[A-Za-z])|[@+](?=\S))", r"\1<wbr>", str(escape(name))))
 
 
 def place(cell: dict[str, Any]) -> Markup:

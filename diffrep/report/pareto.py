@@ -21,7 +21,7 @@ def pareto(metrics: dict[str, Any], head: str) -> list[dict[str, Any]]:
 
     Returns:
         The two plots, each with a wide and a narrow drawing, the frontier as a table and what to say of it; one whose
-        costs are missing is left out.
+        costs are missing, or all the same, is left out.
     """
     cells = [cell for cell in metrics.get("cells", []) if cell["head"] == head]
     if len(cells) < 2:
@@ -37,7 +37,8 @@ def pareto(metrics: dict[str, Any], head: str) -> list[dict[str, Any]]:
 def _plot(
     cells: list[dict[str, Any]], key: str, unit: str, name: str, text: Callable[[float], str]
 ) -> dict[str, Any] | None:
-    if not all(cell.get(key) for cell in cells):
+    costs = {cell.get(key) for cell in cells}
+    if not all(costs) or len(costs) < 2:
         return None
     best, cheap = best_and_cheapest(cells, key)
     edge = frontier(cells, key)

@@ -4,6 +4,7 @@ from torchvision import datasets as tv
 
 from diffrep.data import ImageSet, Transform
 from diffrep.data.arrays import ArrayReader, _targets
+from diffrep.data.labels import number_labels
 from diffrep.errors import ConfigError, DataError, UnknownNameError
 
 datasets = pytest.importorskip("datasets")
@@ -113,10 +114,10 @@ def test_torchvision_sets_keep_labels_and_names_in_their_own_ways(tmp_path, open
 # ImageSet itself
 
 
-def image_set(train, test):
+def image_set(train, test, classes=None):
     pixels = np.arange(160, dtype=np.uint8).reshape(10, 4, 4)
     readers = {"train": ArrayReader("train", pixels[:6], train, ["a"]), "test": ArrayReader("test", pixels, test, [])}
-    return ImageSet(readers, Transform(1), ["a", "b"])
+    return ImageSet(readers, Transform(1), classes)
 
 
 def test_sets_of_users_own_readers_are_checked():
@@ -128,8 +129,27 @@ def test_sets_of_users_own_readers_are_checked():
     assert not image_set(np.zeros((6, 2), np.int64), None).multilabel
 
 
+def test_names_must_cover_the_labels():
+    with pytest.raises(DataError, match="split 'test' has labels of 10 classes, and 2 have names"):
+        image_set(np.arange(6) % 2, np.arange(10), ["a", "b"])
+    with pytest.raises(DataError, match="split 'train' has labels of 3 classes, and 2 have names"):
+        image_set(np.zeros((6, 3), np.int64), np.zeros((10, 3), np.int64), ["a", "b"])
+
+
+def test_lists_that_could_be_read_in_two_ways():
+    place = "row {}".format
+    hot, classes = number_labels([[0, 1], [1, 0], [0, 1]], place)
+    assert (hot.tolist(), classes) == ([[0, 1], [1, 0], [0, 1]], None)
+    hot, _ = number_labels([[0, 1], [1], [0, 1]], place)
+    assert hot.tolist() == [[1, 1], [0, 1], [1, 1]]
+    hot, classes = number_labels([["a", "b"], ["b", "a"]], place)
+    assert (hot.tolist(), classes) == ([[1, 1], [1, 1]], ["a", "b"])
+    with pytest.raises(DataError, match=r"row 1: the labels \['a', 'a'\] name a class twice"):
+        number_labels([["a", "b"], ["a", "a"]], place)
+
+
 def test_subset():
-    whole = image_set(np.arange(6), np.arange(10))
+    whole = image_set(np.arange(6), np.arange(10), list("abcdefghij"))
     part = whole.subset([9, 2, 0, 15])
     assert {name: list(rows) for name, rows in part.splits.items()} == {"train": [0, 1], "test": [2, 3]}
     for i, row in enumerate((0, 2, 9, 15)):

@@ -242,7 +242,7 @@ def test_a_table_is_no_list_of_images(make):
 
 
 def test_bad_parameters(make, arrays, image_folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"(?s)4 errors in DiffrepFeatures.*request.pool.*fit.*batch_size.*ids"):
+    with pytest.raises(ConfigError, match=r"(?s)4 errors in DiffrepFeatures.*request.pool.*fit.*ids.*batch_size"):
         make(pool="max", fit_mode="squeeze", batch_size=0, ids="index").fit(arrays)
     with pytest.raises(LayerError, match="up_blocks"):
         make(layers="up_block.1").fit(arrays)

@@ -1,19 +1,24 @@
 """`run_feedback` from images to a report, on a tiny U-Net."""
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffrep.cli import feedback as verb
 from diffrep.config import read_results
 from diffrep.config.feedback import FeedbackConfig
 from diffrep.data import open_images
-from diffrep.errors import CheckpointError, ConfigError, DataError
+from diffrep.errors import CheckpointError, ConfigError, DataError, DiffrepError
 from diffrep.probe.feedback import FeedbackRun, open_feedback, run_feedback
+from diffrep.probe.feedback_fit import collate
 
 # Dies by SIGKILL while it scores the validation samples of the third epoch: nothing can be tidied up.
 KILLED = """
@@ -57,19 +62,16 @@ def config(unet_folder, image_folder, tmp_path):
     return make
 
 
-@pytest.fixture(scope="module")
-def weights():
-    return lambda config, seed=0: load_file(config_folder(config) / f"head-feedback-seed-{seed}.safetensors")
-
-
 def config_folder(config):
-    from pathlib import Path
-
     return Path(config.out)
 
 
-def test_images_in_results_and_report_out(config, weights):
-    config = config(epochs=12, seeds=2, levels=[5, 50], read=["up_blocks.0", "up_blocks.1"])
+def weights(config, seed=0):
+    return load_file(config_folder(config) / f"head-feedback-seed-{seed}.safetensors")
+
+
+def test_images_in_results_and_report_out(config):
+    config = config(epochs=8, seeds=2, levels=[5, 50], read=["up_blocks.0", "up_blocks.1"])
     metrics, out = run_feedback(config), config_folder(config)
     (score,) = metrics["scores"]
     assert score["test"] > 0.8  # three classes, told apart by their brightness
@@ -92,7 +94,7 @@ def test_images_in_results_and_report_out(config, weights):
         open_feedback(out, seed=7)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(config, weights, tmp_path):
+def test_a_killed_run_goes_on_as_if_nothing_had_been(config, tmp_path):
     whole, killed = config("whole"), config("killed")
     run_feedback(whole)
     file = tmp_path / "killed.yaml"
@@ -109,7 +111,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(config, weights, tmp_path):
     assert found[0] == found[1]
 
 
-def test_a_run_is_drawn_out_and_not_cut_short(config, weights):
+def test_a_run_is_drawn_out_and_not_cut_short(config):
     straight = config("straight")
     run_feedback(straight)
     run_feedback(config("drawn", epochs=2))
@@ -129,9 +131,18 @@ def test_another_config_is_refused(config):
         run_feedback(config(epochs=1, lr=0.1))
 
 
-def test_other_images_are_refused(config, image_folder, tmp_path):
-    import shutil
+def test_the_verb_prints_the_table(config, tmp_path, capsys):
+    file = tmp_path / "feedback.yaml"
+    file.write_text(config(epochs=1).model_dump_json())
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    verb.run(parser.parse_args([str(file), "lr=0.01"]))
+    printed = capsys.readouterr().out
+    assert "DifFeed" in printed
+    assert f"report: {(tmp_path / 'run' / 'report.html').resolve()}" in printed
 
+
+def test_other_images_are_refused(config, image_folder, tmp_path):
     folder = shutil.copytree(image_folder, tmp_path / "photos")
     config = config(epochs=1, data={"path": str(folder)})
     run_feedback(config)
@@ -182,8 +193,6 @@ def test_what_cannot_be_trained_is_told(config, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config):
-    from diffrep.errors import DiffrepError
-
     with pytest.raises(DiffrepError, match="the loss is .* in epoch .*; lower lr"):
         run_feedback(config(optimizer="sgd", lr=1e12, head={"kind": "linear", "pool": 2, "norm": "none"}))
 
@@ -191,8 +200,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
 def test_images_of_several_sizes_need_a_size(config, image_folder):
     run = FeedbackRun(config())
     images = open_images(config().data, 1)
-    from diffrep.probe.feedback_fit import collate
-
     with pytest.raises(ConfigError, match="differ in size"):
         collate([(0, images[0]), (1, images[1][:, :8])])
     assert run.size == (16, 16)

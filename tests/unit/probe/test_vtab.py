@@ -18,6 +18,7 @@ from diffrep.config import load_config
 from diffrep.config.vtab import VtabConfig
 from diffrep.data.vtab import TASKS
 from diffrep.errors import ConfigError, DataError, LayerError, UnknownNameError
+from diffrep.probe.run import NAMES
 from diffrep.probe.vtab import run_vtab, table
 from diffrep.store import FeatureStore
 
@@ -96,7 +97,8 @@ def test_a_task_is_scored_as_vtab_1k_says(finished):
                     x, y = store.numpy(layer, level).astype(np.float64), store.labels
 
                     def fit(rows, x=x, y=y, penalty=penalty):
-                        head = LogisticRegression(C=1 / (penalty * len(rows)), max_iter=1000)
+                        # Of two classes scikit-learn penalises one row of weights, and a softmax has two.
+                        head = LogisticRegression(C=2 / (penalty * len(rows)), max_iter=1000)
                         return make_pipeline(StandardScaler(), head).fit(x[rows], y[rows])
 
                     both = fit(np.concatenate([train, val]))
@@ -118,7 +120,7 @@ def test_the_mean_of_a_group_stands_when_all_its_tasks_do(finished):
     assert metrics["means"]["Natural"]["mean"] is metrics["means"]["all"]["mean"] is None
     assert "dtd" not in metrics["means"]["Natural"]["missing"] and len(metrics["means"]["all"]["missing"]) == 14
     heads = metrics["heads"]
-    assert list(heads) == ["logistic regression", "nearest class mean"]
+    assert list(heads) == [NAMES["logistic"], NAMES["ncm"]]
     for head in heads.values():
         assert head["means"]["Specialized"]["mean"] == pytest.approx(np.mean([head["tests"][n] for n in SPECIALIZED]))
 
@@ -131,7 +133,7 @@ def test_the_table(finished):
     assert f"| [dtd](dtd/probe/report.html) | Natural | {row['test']:.3f} |" in text
     assert f"| **Specialized** | 4 of 4 tasks | **{metrics['means']['Specialized']['mean']:.3f}** |" in text
     assert "| **All 19 tasks** | 5 of 19 tasks | **–** |" in text
-    assert "| task | logistic regression | nearest class mean |" in text
+    assert f"| task | {NAMES['logistic']} | {NAMES['ncm']} |" in text
     assert all((out / row["report"]).stat().st_size > 5000 for row in metrics["tasks"])
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {7, 4}
@@ -159,7 +161,7 @@ def test_a_stopped_run_goes_on(make, unet, tmp_path, root, capsys):
         write_task(broken, name)
     file = broken / "resisc45" / "images" / "test" / "000003.png"
     good = file.read_bytes()
-    file.write_bytes(b"cut off")
+    file.write_bytes(bytes(len(good)))  # of the same size, or it would be another data set
     config = make(f"data={broken}", "tasks=[resisc45,eurosat]", "unit_size=8")
     with pytest.raises(DataError, match=r"^resisc45: images/test/000003.png: cannot read the image"):
         run_vtab(config, unet)
@@ -237,6 +239,15 @@ def test_a_limit_is_noted(make, unet):
     assert metrics["tasks"][0]["samples"]["test"] == 10
     assert "data.limit is {'test': 10}: these are not the scores of VTAB-1k." in table(metrics)
     assert "Every head" not in table(metrics), "one head needs one table"
+
+
+def test_a_baseline_is_never_the_score_of_a_task(make, unet):
+    metrics = run_vtab(make("request.levels=[999]", "probe.baselines=pixels"), unet)
+    (row,) = metrics["tasks"]
+    *heads, baseline = metrics["heads"]
+    assert baseline == f"{NAMES['logistic']} on raw pixels"
+    assert metrics["heads"][baseline]["tests"]["eurosat"] > row["test"], "almost nothing but noise is left at t=999"
+    assert row["name"] in heads
 
 
 def run_verb(words):
