@@ -142,7 +142,7 @@ class Probe:
         if scored is not None:
             setting = dict(first.setting)
             if len({(one.reading, str(one.setting)) for one, _ in runs}) > 1:
-                setting["choices"] = [f"{one.reading} {one.setting}" for one, _ in runs]
+                setting["choices"] = [{"reading": str(one.reading), **one.setting} for one, _ in runs]
             kept = [(one.val, run.scores) for one, run in runs]
             self._keep(name, head, first.reading, kept, first.dim, setting, scored.head)
         return first

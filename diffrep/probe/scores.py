@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffrep.metrics import bootstrap_interval, per_class_accuracy, standard_error, top_k
+from diffrep.metrics import bootstrap_interval, mean_average_precision, per_class_accuracy, standard_error, top_k
 from diffrep.probe.measure import Measure
 from diffrep.probe.reading import Reading
 from diffrep.probe.sweep import Judged
@@ -69,6 +69,8 @@ class Score:
         error: Standard error of the mean over seeds; None for one seed.
         top5: Top-5 accuracy; None for fewer than six classes and for multi-label data.
         mean_per_class: Mean over classes of their accuracy; None for multi-label data.
+        per_class: Accuracy of each class, or average precision of each label, the mean over seeds; None for those
+            without a test sample.
         dim: Length of the flattened features.
         cost: What the features of one image cost.
         setting: What was chosen, or how the head was trained.
@@ -86,6 +88,7 @@ class Score:
     error: float | None
     top5: float | None
     mean_per_class: float | None
+    per_class: list[float | None]
     dim: int | None
     cost: Cost
     setting: dict[str, object] = field(default_factory=dict)
@@ -146,7 +149,11 @@ def summarise(
     else:
         interval = measure.interval(first, labels, seed)
     single = not task.multilabel
-    each = [per_class_accuracy(s.argmax(1), labels, task.classes) for _, s in runs] if single else []
+    each = [
+        per_class_accuracy(s.argmax(1), labels, task.classes) if single else mean_average_precision(s, labels).each
+        for _, s in runs
+    ]
+    by_class = torch.stack(each).mean(0).tolist()
     score = Score(
         name=name,
         head=head,
@@ -160,6 +167,7 @@ def summarise(
         error=standard_error(tests) if len(tests) > 1 else None,
         top5=float(np.mean([top_k(s, labels, 5) for _, s in runs])) if single and task.classes > 5 else None,
         mean_per_class=float(np.mean([np.nanmean(one.numpy()) for one in each])) if single else None,
+        per_class=[None if value != value else value for value in by_class],
         dim=dim,
         cost=cost,
         setting=setting,

@@ -77,9 +77,10 @@ def setting(values: dict[str, Any]) -> str:
 
 
 def choices(values: dict[str, Any]) -> list[str]:
-    """Returns what each seed chose, where they differ: "mid@t=50 {'penalty': 0.1}" as "mid@t=50, penalty 0.1"."""
+    """Returns what each seed chose, where they differ, such as "mid@t=50, penalty 0.1"."""
     return [
-        re.sub(r"[{}']", "", text.replace(" {", ", ", 1)).replace(": ", " ") for text in values.get("choices") or []
+        f"{one['reading']}, {setting({key: value for key, value in one.items() if key != 'reading'})}"
+        for one in values.get("choices") or []
     ]
 
 

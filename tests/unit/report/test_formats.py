@@ -47,8 +47,8 @@ def test_numbers_for_readers():
     assert setting({"penalty": 0.01, "norm": None, "lrs": [0.1, 2], "head": {"kind": "mlp"}, "choices": ["x"]}) == (
         "penalty 0.01, lrs 0.1, 2, head (kind mlp)"
     )
-    assert choices({"choices": ["mid@t=50 pooled to 2 x 2 {'penalty': 0.1, 'norm': None}"]}) == [
-        "mid@t=50 pooled to 2 x 2, penalty 0.1, norm None"
+    assert choices({"choices": [{"reading": "mid@t=50 pooled to 2 x 2", "penalty": 0.1, "norm": None}]}) == [
+        "mid@t=50 pooled to 2 x 2, penalty 0.1"
     ]
     assert choices({"k": 5}) == []
     assert len(clipped("word " * 90)) <= 150
