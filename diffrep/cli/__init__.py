@@ -15,6 +15,8 @@ VERBS = {
     "layers": "table of a backbone's layers: order, shape, stride, cost",
     "extract": "images -> feature store",
     "probe": "judge every layer and level of a store by classification",
+    "search": "successive halving over layers and levels, extracting only what is still in the race",
+    "vtab": "extract, probe and average the 19 tasks of VTAB-1k",
     "feedback": "train DifFeed, which back-propagates through the frozen U-Net",
     "convert": "checkpoint -> safetensors and JSON that every verb opens",
     "train": "train a small diffusion model",

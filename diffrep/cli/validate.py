@@ -10,7 +10,14 @@ import argparse
 
 from diffrep.cli.words import add_config, read_config
 
-SCHEMAS = {"extract": "ExtractConfig", "probe": "ProbeConfig", "train": "TrainConfig"}
+SCHEMAS = {
+    "extract": "ExtractConfig",
+    "probe": "ProbeConfig",
+    "search": "SearchConfig",
+    "vtab": "VtabConfig",
+    "feedback": "FeedbackConfig",
+    "train": "TrainConfig",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

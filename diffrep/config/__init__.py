@@ -5,7 +5,9 @@ from diffrep.config.loader import digest, load_config, to_plain, to_yaml, valida
 from diffrep.config.probe import LowDataConfig, ProbeConfig, SGDConfig, TrainedConfig
 from diffrep.config.results import read_results, write_results
 from diffrep.config.schema import BackboneConfig, DataConfig, ExtractConfig, FeatureRequest, LevelSpec
+from diffrep.config.search import SearchConfig
 from diffrep.config.train import ModelConfig, ScheduleConfig, TrainConfig
+from diffrep.config.vtab import VtabConfig
 
 __all__ = [
     "BackboneConfig",
@@ -20,9 +22,11 @@ __all__ = [
     "ProbeConfig",
     "SGDConfig",
     "ScheduleConfig",
+    "SearchConfig",
     "SparseConfig",
     "TrainConfig",
     "TrainedConfig",
+    "VtabConfig",
     "digest",
     "load_config",
     "read_results",

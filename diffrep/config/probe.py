@@ -56,7 +56,8 @@ class TrainedConfig(Section):
         layers: Addresses to read; None takes the best logistic one (DifFormer: every layer of its store).
         levels: Levels to read; None takes the best logistic one (DifFormer: every level of its store).
         pool: Adaptive pooling of maps before the head, to at most this side; None reads them as stored.
-        norm: Norm of the head's input, where the head has a choice.
+        norm: Norm of the head's input, where the head has a choice; None takes its usual one ("layer" for DifFormer,
+            "batch" for flat heads).
         width: Token width, or channels of the convolutions.
         depth: Transformer blocks.
         heads: Attention heads of each block; divides `width`.
@@ -82,7 +83,7 @@ class TrainedConfig(Section):
     layers: Annotated[tuple[str, ...] | None, BeforeValidator(listed)] = None
     levels: Annotated[tuple[LevelSpec, ...] | None, BeforeValidator(listed)] = None
     pool: PositiveInt | None = None
-    norm: Norm = "batch"
+    norm: Norm | None = None
     width: PositiveInt = 128
     depth: PositiveInt = 2
     heads: PositiveInt = 4
@@ -131,8 +132,9 @@ class ProbeConfig(Section):
         test_split: Split that is scored once, with the chosen settings; None holds out `test_fraction` instead.
         test_fraction: Share of `train_split` held out, stratified, when `test_split` is None.
         val_fraction: Share of the training samples used to choose strengths, k, layer and level; stratified.
-        missing: "refuse" or "allow" classes of the training split that have no test sample. Classes of the test split
-            that have no training sample are always refused.
+        missing: "refuse" or "allow" classes of the training split that have no test sample. Classes of the validation
+            and test samples that have no sample to fit on are refused by both; "any" allows them too, and their
+            samples count as wrong.
         metric: What is chosen by and reported: "accuracy" or "mean_per_class"; multi-label data always use mean
             average precision.
         pools: Sides k that maps are pooled to before a head flattens them, "stored" for as they are.
@@ -169,7 +171,7 @@ class ProbeConfig(Section):
     test_split: str | None = "test"
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    missing: Literal["refuse", "allow"] = "refuse"
+    missing: Literal["refuse", "allow", "any"] = "refuse"
     metric: Literal["accuracy", "mean_per_class"] = "accuracy"
     pools: Annotated[tuple[PositiveInt | Literal["stored"], ...], BeforeValidator(listed), Field(min_length=1)] = (
         "stored",

@@ -50,7 +50,7 @@ class ExtractJob:
         self.config = config
         self.backbone = backbone or open_backbone(config.backbone)
         self.images = images or open_images(config.data, self.backbone.image_channels)
-        self.cond = _read_cond(config.cond)
+        self.cond = read_cond(config.cond)
         self.extractor = Extractor(self.backbone, config.request, config.batch_size)
 
     def plan(self) -> Plan:
@@ -248,7 +248,7 @@ def _collate(samples: list[tuple[int, torch.Tensor | None, str | None]]) -> _Bat
     return _Batch([row for row, _ in good], images, sizes, [(row, problem) for row, _, problem in samples if problem])
 
 
-def _read_cond(cond: str | int | None) -> int | str | dict[str, torch.Tensor] | torch.Tensor | None:
+def read_cond(cond: str | int | None) -> int | str | dict[str, torch.Tensor] | torch.Tensor | None:
     """Returns a label or a prompt as it is, and the tensors of a file, by name when it holds several."""
     if not (isinstance(cond, str) and cond.endswith(".safetensors")):
         return cond

@@ -5,11 +5,13 @@ from diffrep.probe.logistic import LogisticPath
 from diffrep.probe.neighbours import knn_scores
 from diffrep.probe.reading import Reading, readings
 from diffrep.probe.run import Probe, run_probe
+from diffrep.probe.search import run_search
 from diffrep.probe.sgd import LinearSpec, SGDHeads
 from diffrep.probe.sparse import describe_latents, measure_sparse, train_sparse
 from diffrep.probe.split import stratified_split
 from diffrep.probe.sweep import Judged, judge, sweep
 from diffrep.probe.task import Task, make_task
+from diffrep.probe.vtab import run_vtab
 
 __all__ = [
     "Judged",
@@ -28,6 +30,8 @@ __all__ = [
     "readings",
     "run_feedback",
     "run_probe",
+    "run_search",
+    "run_vtab",
     "stratified_split",
     "sweep",
     "train_sparse",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffrep.backbones import Backbone
-from diffrep.backbones.checkpoint import read_tensors
 from diffrep.backbones.conditioning import Condition
 from diffrep.config import load_config, read_results, to_plain, to_yaml, write_results
 from diffrep.config.feedback import FeedbackConfig, FeedbackHeadConfig
-from diffrep.data import ImageSet, open_images
-from diffrep.errors import CheckpointError, ConfigError, DataError, UnknownNameError
-from diffrep.extract.job import open_backbone
+from diffrep.data import open_images
+from diffrep.errors import CheckpointError, ConfigError, DataError
+from diffrep.extract.job import open_backbone, read_cond
 from diffrep.heads.difformer import DifFormer
 from diffrep.heads.feedback import FeedbackNetwork, Inputs, read_names
 from diffrep.heads.linear import LinearHead
@@ -28,7 +26,7 @@ from diffrep.probe.feedback_fit import EVALUATION, NAME, Batch, EpochOrder, Rows
 from diffrep.probe.gallery import gallery, save_arrays, thumbnails
 from diffrep.probe.reading import Reading
 from diffrep.probe.scores import Cost, Result, summarise
-from diffrep.probe.task import Task, make_task
+from diffrep.probe.task import LabelledImages, Task, make_task
 from diffrep.report import write_report
 from diffrep.store.layout import read_json, write_json, write_whole
 
@@ -142,13 +140,13 @@ class FeedbackRun:
             raise DataError(f"the images of {config.data.path} have no labels; DifFeed is trained with them")
         if self.images.multilabel:
             raise DataError(f"the images of {config.data.path} have several labels each, and DifFeed takes one")
-        labelled = _Labelled(self.images, config.data.path)
+        labelled = LabelledImages(self.images, config.data.path)
         self.ids, self.seeds = labelled.ids, [config.seed + number for number in range(config.seeds)]
         self.tasks = [make_task(labelled, config, seed) for seed in self.seeds]
         self.levels = [backbone.schedule.level(spec) for spec in config.levels]
         if len({level.key for level in self.levels}) < len(self.levels):
             raise ConfigError(f"levels names one level twice: {', '.join(level.key for level in self.levels)}")
-        self.cond: Condition = backbone.condition(_read_cond(config.cond), 1)
+        self.cond: Condition = backbone.condition(read_cond(config.cond), 1)
         backbone.conditioner.release()
         size = config.data.size
         self.size = (size, size) if size else tuple(self.images[int(self.task.train[0])].shape[-2:])
@@ -288,34 +286,3 @@ def _claim(run: FeedbackRun) -> None:
             )
     write_json(stored, plain)
     write_whole(out / "config.yaml", to_yaml(run.config).encode())
-
-
-def _read_cond(cond: str | int | None) -> int | str | dict[str, torch.Tensor] | torch.Tensor | None:
-    if not (isinstance(cond, str) and cond.endswith(".safetensors")):
-        return cond
-    tensors = read_tensors(Path(cond))
-    return next(iter(tensors.values())) if len(tensors) == 1 else tensors
-
-
-@dataclass
-class _Labelled:
-    """Labels and splits of an image set, as `make_task` reads them off a store."""
-
-    images: ImageSet
-    path: str
-    labels: np.ndarray = field(init=False)
-    ids: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        rows = range(len(self.images))
-        self.labels = np.array([self.images.label(row) for row in rows], dtype=np.int64)
-        self.ids = [self.images.id(row) for row in rows]
-
-    @property
-    def classes(self) -> list[str] | None:
-        return self.images.classes
-
-    def rows(self, split: str) -> np.ndarray:
-        if split not in self.images.splits:
-            raise UnknownNameError("split", split, self.images.splits, "data.splits must name it, or be left out.")
-        return np.array(self.images.splits[split])

@@ -174,10 +174,10 @@ class Probe:
         config, store = self.config.trained[name], store or self.stores[name]
         pairs = self._pairs(name, config, store)
         kind = config.kind or name
+        # Features that were handed over may be others next time, and then the head is another too.
+        folder = self.out / "trained" / (name if store is self.stores[name] else f"{name}-{store.path.name}")
         trained = [
-            train_head(
-                kind, store, pairs, task, config, self.out / "trained" / name / f"seed-{seed}", seed, self.measure.name
-            )
+            train_head(kind, store, pairs, task, config, folder / f"seed-{seed}", seed, self.measure.name)
             for task, seed in zip(self.tasks, self.seeds, strict=True)
         ]
         if dist.state().is_main_process:
@@ -185,16 +185,8 @@ class Probe:
             reading = Reading(" + ".join(layers), " + ".join(levels), tuple(pairs), config.pool)
             runs = [(one.val, one.scores) for one in trained]
             # A head that stands under its kind gets the kind's name; "linear" is the logistic regression's.
-            self._keep(
-                NAMES.get(name, name) if name == kind else name,
-                kind,
-                reading,
-                runs,
-                None,
-                trained[0].setting,
-                trained[0].head,
-                store,
-            )
+            title = NAMES.get(name, name) if name == kind else name
+            self._keep(title, kind, reading, runs, None, trained[0].setting, trained[0].head, store)
 
     @property
     def measure(self) -> Measure:

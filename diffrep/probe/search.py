@@ -18,13 +18,12 @@ from diffrep.errors import ConfigError, DataError
 from diffrep.extract.job import ExtractJob, open_backbone
 from diffrep.extract.plan import scaled
 from diffrep.metrics.uniformity import alignment, uniformity
-from diffrep.probe.feedback import _Labelled
 from diffrep.probe.laststage import LastStage, cost_note, row, same, single
 from diffrep.probe.race import Cell, Work, groups, ladder, members, most_work, survivors, work
 from diffrep.probe.reading import pooled
 from diffrep.probe.rung import JointStore, extract_together
 from diffrep.probe.sweep import sweep
-from diffrep.probe.task import Task, make_task
+from diffrep.probe.task import LabelledImages, Task, make_task
 from diffrep.report import write_report
 from diffrep.report.search import agreement
 from diffrep.store import FeatureStore
@@ -173,7 +172,7 @@ class Search:
                 f"{self.config.data.path} has no labels, and a search judges cells by them; ranking=only ranks "
                 "the cells without labels"
             )
-        self.labelled = _Labelled(self.images, self.config.data.path)
+        self.labelled = LabelledImages(self.images, self.config.data.path)
         return len(self.task(self.config.seed).test)
 
     def _rows(self) -> list[np.ndarray]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from diffrep.config import ProbeConfig
-from diffrep.errors import ConfigError, DataError
+from diffrep.data import ImageSet
+from diffrep.errors import ConfigError, DataError, UnknownNameError
 from diffrep.probe.split import stratified_split
 from diffrep.store import FeatureStore
 
@@ -39,11 +40,48 @@ class Task:
         return np.sort(np.concatenate([self.train, self.val]))
 
 
-def make_task(store: FeatureStore, config: ProbeConfig, seed: int | None = None) -> Task:
+@dataclass
+class LabelledImages:
+    """Labels and splits of images that lie in no store, as `make_task` reads them off one.
+
+    Attributes:
+        images: The images.
+        path: Name for messages.
+        labels: (N,) int64, or (N, K) 0 or 1.
+        ids: Sample ids.
+    """
+
+    images: ImageSet
+    path: str
+    labels: np.ndarray = field(init=False)
+    ids: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows = range(len(self.images))
+        self.labels = np.array([self.images.label(row) for row in rows], dtype=np.int64)
+        self.ids = [self.images.id(row) for row in rows]
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Class names, or None."""
+        return self.images.classes
+
+    def rows(self, split: str) -> np.ndarray:
+        """Returns the positions of a split's samples.
+
+        Raises:
+            UnknownNameError: There is no such split.
+        """
+        if split not in self.images.splits:
+            raise UnknownNameError("split", split, self.images.splits, "data.splits must name it, or be left out.")
+        return np.array(self.images.splits[split])
+
+
+def make_task(store: FeatureStore | LabelledImages, config: ProbeConfig, seed: int | None = None) -> Task:
     """Finds training, validation and test samples of a store.
 
     Args:
-        store: The features.
+        store: The features, or labelled images.
         config: Names and shares of the splits.
         seed: Draws the validation samples; None takes `config.seed`. The test samples do not depend on it.
 
@@ -89,9 +127,10 @@ def _check_classes(task: Task, store: FeatureStore, config: ProbeConfig) -> None
         raise DataError(f"the training samples hold one class only ({_names(train, store)}); a probe needs two")
     for name, present in (("validation", val), ("test", test)):
         strange = np.setdiff1d(present, train)
-        if len(strange):
+        if len(strange) and config.missing != "any":
             raise DataError(
-                f"classes {_names(strange, store)} are among the {name} samples and not in the training split"
+                f"classes {_names(strange, store)} are among the {name} samples and not in the training split; "
+                "missing=any counts such samples as wrong"
             )
     absent = np.setdiff1d(train, test)
     if len(absent) and config.missing == "refuse":

@@ -48,7 +48,7 @@ class Samples:
     ):
         self.store, self.pool, self.rows = store, pool, np.unique(rows)
         self.shapes = {pair: pooled_shape(store, pair[0], pool) for pair in pairs}
-        first = self._stored(pairs[0], self.rows[:1]).dtype
+        first = store.take(*pairs[0], self.rows[:1]).dtype
         sizes = {
             pair: (4 if self._pools(pair) else first.itemsize) * prod(shape) for pair, shape in self.shapes.items()
         }
@@ -62,7 +62,7 @@ class Samples:
         """Returns features (n, ...) of some samples by pair, in the stored type, or in fp32 where they are pooled."""
         if self.kept:
             places = torch.from_numpy(np.searchsorted(self.rows, rows))
-            return {pair: whole[places] for pair, whole in self._memory.items()}
+            return {pair: whole.index_select(0, places) for pair, whole in self._memory.items()}
         return {pair: self._pooled(pair, rows) for pair in self.shapes}
 
     def _load(self, pair: Pair) -> None:
@@ -81,24 +81,8 @@ class Samples:
         return self.shapes[pair] != tuple(self.store.meta["layers"][pair[0]]["shape"])
 
     def _pooled(self, pair: Pair, rows: np.ndarray) -> torch.Tensor:
-        part = self._stored(pair, rows)
+        part = self.store.take(*pair, rows)
         return pooled(part, self.pool).view(len(part), *self.shapes[pair]) if self._pools(pair) else part
-
-    def _stored(self, pair: Pair, rows: np.ndarray) -> torch.Tensor:
-        """Returns features as they are stored, touching only the bytes of these samples."""
-        store, name = self.store, "@".join(pair)
-        units = np.searchsorted(store._ends, rows, side="right")
-        starts = np.concatenate([[0], store._ends[:-1]])
-        found = None
-        for unit in np.unique(units):
-            mine = np.flatnonzero(units == unit)
-            part = store._tensor(int(unit), name)[torch.from_numpy(rows[mine] - starts[unit])]
-            if len(mine) == len(rows):
-                return part
-            if found is None:
-                found = part.new_empty(len(rows), *part.shape[1:])
-            found[torch.from_numpy(mine)] = part
-        return found
 
 
 def pooled_shape(store: FeatureStore, layer: str, pool: int | None) -> tuple[int, ...]:

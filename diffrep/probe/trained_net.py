@@ -33,16 +33,16 @@ BLOCK = 256
 
 
 def norm_of(kind: str, config: TrainedConfig) -> str:
-    """Returns the norm of a head's input; the config's default stands for a head's only one.
+    """Returns the norm of a head's input; None stands for the first it can have.
 
     Raises:
         ConfigError: The head cannot have the norm that is asked for.
     """
     able = NORMS[kind]
+    if config.norm is None:
+        return able[0]
     if config.norm in able:
         return config.norm
-    if config.norm == TrainedConfig.model_fields["norm"].default:
-        return able[0]
     raise ConfigError(f"norm={config.norm} is not possible for the head {kind!r}; it takes {', '.join(able)}")
 
 

@@ -15,9 +15,8 @@ from diffrep.data import vtab_means
 from diffrep.data.vtab import TASKS
 from diffrep.errors import ConfigError, DataError, DiffrepError, UnknownNameError
 from diffrep.extract.job import ExtractJob, open_backbone
-from diffrep.probe.feedback import _Labelled
 from diffrep.probe.run import run_probe
-from diffrep.probe.task import make_task
+from diffrep.probe.task import LabelledImages, make_task
 from diffrep.store.layout import read_json, write_json, write_whole
 
 SETTINGS, TABLE = "config.json", "table.md"
@@ -111,7 +110,7 @@ def check_vtab(config: VtabConfig, todo: list[str], backbone: Backbone | None) -
     for name in todo:
         with _naming(name):
             jobs[name] = job = ExtractJob(_extract_config(config, name), backbone)
-            make_task(_Labelled(job.images, job.config.data.path), _probe_config(config, name))
+            make_task(LabelledImages(job.images, job.config.data.path), _probe_config(config, name))
     for job in list(jobs.values())[:1]:  # the images of all have one size
         job.plan()
     return jobs

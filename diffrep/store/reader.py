@@ -93,6 +93,34 @@ class FeatureStore(Dataset):
         units = [i for i, info in enumerate(self._infos) if split in (None, info["split"])]
         return torch.cat([self._tensor(unit, name) for unit in units])
 
+    def take(self, layer: str, level: LevelSpec, rows: np.ndarray) -> torch.Tensor:
+        """Returns the features of some samples, (n, ...) in the stored dtype, reading no others.
+
+        Args:
+            layer: Address.
+            level: Level.
+            rows: Positions (n,) int64 in the store, best in ascending order.
+
+        Raises:
+            UnknownNameError: The store has no such layer or level.
+            IndexError: A position is not in the store.
+        """
+        name = self._name(layer, level)
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"samples {rows.min()} to {rows.max()} of {len(self)}")
+        units = np.searchsorted(self._ends, rows, side="right")
+        starts = np.concatenate([[0], self._ends[:-1]])
+        found = None
+        for unit in np.unique(units):
+            mine = np.flatnonzero(units == unit)
+            part = self._tensor(int(unit), name).index_select(0, torch.from_numpy(rows[mine] - starts[unit]))
+            if len(mine) == len(rows):
+                return part
+            if found is None:
+                found = part.new_empty(len(rows), *part.shape[1:])
+            found[torch.from_numpy(mine)] = part
+        return self._tensor(0, name)[:0] if found is None else found
+
     def numpy(self, layer: str, level: LevelSpec, split: str | None = None) -> np.ndarray:
         """Returns the same as a numpy array; bfloat16, which numpy lacks, comes as float32."""
         tensor = self.tensor(layer, level, split)

@@ -2,7 +2,16 @@ from pathlib import Path
 
 import pytest
 
-from diffrep.config import ExtractConfig, FeatureRequest, ProbeConfig, TrainConfig, load_config, to_plain
+from diffrep.config import (
+    ExtractConfig,
+    FeatureRequest,
+    ProbeConfig,
+    SearchConfig,
+    TrainConfig,
+    VtabConfig,
+    load_config,
+    to_plain,
+)
 from diffrep.errors import ConfigError
 
 MINIMAL = """
@@ -96,12 +105,18 @@ def test_configs_are_frozen_and_round_trip():
 
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-SCHEMAS = {"extract": ExtractConfig, "probe": ProbeConfig, "train": TrainConfig}
+SCHEMAS = {
+    "extract": (ExtractConfig, ["data=X", "out=Y"]),
+    "probe": (ProbeConfig, ["store=X"]),
+    "search": (SearchConfig, ["backbone=B", "data=X", "out=Y"]),
+    "vtab": (VtabConfig, ["backbone=B", "data=X", "out=Y"]),
+    "train": (TrainConfig, ["data=X", "out=Y"]),
+}
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_shipped_configs(file):
-    words = {"extract": ["data=X", "out=Y"], "probe": ["store=X"], "train": ["data=X", "out=Y"]}[file.parent.name]
+    schema, words = SCHEMAS[file.parent.name]
     if file.name == "fashion_full.yaml" and file.parent.name == "probe":
-        words = [*words, "attention.store=Z"]
-    load_config(SCHEMAS[file.parent.name], [file], words)
+        words = [*words, "trained.attention.store=Z"]
+    load_config(schema, [file], words)

@@ -199,7 +199,7 @@ def test_sizes(make, arrays, tmp_path):
     with pytest.raises(ConfigError, match="Fit again, or set size"):
         maps.transform([np.pad(arrays[1], 8)])
     with pytest.raises(ConfigError, match="tensors are not resized"):
-        make(size=16).fit(torch.zeros(2, 1, 32, 32))
+        make(size=16).fit(torch.zeros(2, 1, 32, 32) - 1)
 
 
 def test_tensors_of_another_range_are_noticed(make, arrays):

@@ -234,6 +234,28 @@ def test_config(make):
     assert make("tasks=dtd").tasks == ("dtd",)
 
 
+def test_classes_that_training_lacks_cost_their_samples(make, unet, tmp_path):
+    """As in SUN397, whose 397 classes are not all among 800 images."""
+    folder = tmp_path / "tasks"
+    write_task(folder, "sun397", step=60)
+    file = folder / "sun397" / "test.txt"
+    words = f"data={folder}", "tasks=sun397", "probe.heads=[knn,ncm,ridge,logistic]", "probe.neighbours=3"
+    known = run_vtab(make(*words), unet)["heads"]
+    with np.load(tmp_path / "run" / "sun397" / "probe" / "arrays.npz") as arrays:
+        right = [arrays[f"predicted.{number}"] == arrays["labels"] for number in range(len(known))]
+    lines = file.read_text().splitlines()
+    lines[:4] = [f"{line.rpartition(' ')[0]} {5 + number}" for number, line in enumerate(lines[:4])]
+    file.write_text("\n".join(lines) + "\n")
+    unknown = run_vtab(make(*words, f"out={tmp_path / 'other'}"), unet)["heads"]
+    for hits, (name, head) in zip(right, unknown.items(), strict=True):
+        assert head["tests"]["sun397"] == pytest.approx(hits[4:].sum() / 20), name
+        assert known[name]["tests"]["sun397"] == pytest.approx(hits.mean()), name
+        assert hits[:4].any(), "some of them were right before"
+    lines = (folder / "sun397" / "val200.txt").read_text().splitlines()
+    (folder / "sun397" / "val200.txt").write_text("\n".join([*lines[:-1], f"{lines[-1][:-1]}9"]) + "\n")
+    assert run_vtab(make(*words, f"out={tmp_path / 'val'}"), unet)["tasks"][0]["val"] <= 7 / 8
+
+
 def test_a_limit_is_noted(make, unet):
     metrics = run_vtab(make("data.limit.test=10", "probe.heads=ncm"), unet)
     assert metrics["tasks"][0]["samples"]["test"] == 10

@@ -67,6 +67,17 @@ def test_reading(path):
     assert store.verify() == []
 
 
+def test_taking_some_samples(path):
+    store = FeatureStore(path)
+    for rows in ([0, 3, 7], [6, 1, 1, 4], [2, 3], []):
+        taken = store.take("mid", 5, np.array(rows, dtype=np.int64))
+        assert torch.equal(taken, store["mid", 5][rows])
+        assert taken.dtype == torch.float16
+    for rows in ([8], [-1]):
+        with pytest.raises(IndexError):
+            store.take("mid", 5, np.array(rows))
+
+
 def test_a_torch_data_set_with_workers(path):
     store = FeatureStore(path)
     assert store[5]["id"] == "id5"
