@@ -60,7 +60,7 @@ class Extractor:
         self._check(images, ids, noise, posterior_noise)
         condition = self.backbone.condition(cond, len(images))
         plan = self.plan(*images.shape[-2:], condition)
-        ids = ids or [_digest(image) for image in images]
+        ids = ids or [image_digest(image) for image in images]
         posterior = self._encode(images)
         draw = _Draws(self.request, ids, noise, posterior_noise)
         levels = list(plan.levels.levels.values())
@@ -199,7 +199,8 @@ def extract(
     return Extractor(backbone, request, batch_size)(images, ids, cond, noise, posterior_noise)
 
 
-def _digest(image: torch.Tensor) -> str:
+def image_digest(image: torch.Tensor) -> str:
+    """Returns the id of an image (C, H, W) that has no other: the SHA-256 of its values."""
     content = image.detach().cpu().contiguous().view(torch.uint8)  # numpy has no bfloat16
     return hashlib.sha256(content.numpy().tobytes()).hexdigest()
 

@@ -152,9 +152,9 @@ class ExtractJob:
         bar = tqdm(
             total=len(self.images), initial=done, desc=dist.label("extract"), unit="image", main_process_only=True
         )
-        batches = self._batches(mine)
+        batches = self.batches(mine)
         for unit in mine:
-            self._extract_unit(writer, unit, batches, bar, state.num_processes)
+            self.extract_unit(writer, unit, batches, bar, state.num_processes)
         bar.close()
         state.wait_for_everyone()
         if state.is_main_process:
@@ -162,9 +162,18 @@ class ExtractJob:
         state.wait_for_everyone()
         return FeatureStore(self.config.out)
 
-    def _extract_unit(
+    def extract_unit(
         self, writer: StoreWriter, unit: Unit, batches: Iterator[_Batch], bar: tqdm, processes: int
     ) -> None:
+        """Extracts the next batches into one unit of a store.
+
+        Args:
+            writer: The store.
+            unit: Which samples.
+            batches: Gives the unit's batches, and no more of them are taken.
+            bar: Moved on by what all processes did meanwhile, about.
+            processes: How many those are.
+        """
         parts: dict[str, list[torch.Tensor]] = {
             f"{la}@{le}": [] for la in self.plan().shapes for le in self.plan().draws
         }
@@ -190,7 +199,8 @@ class ExtractJob:
         tensors = {name: torch.cat(part) for name, part in parts.items() if part}
         writer.write(unit, tensors, ids, rows, labels, skipped)
 
-    def _batches(self, units: list[Unit]) -> Iterator[_Batch]:
+    def batches(self, units: list[Unit]) -> Iterator[_Batch]:
+        """Reads the images of units, in batches."""
         # One loader for all units, so that its workers start once; batches never cross a unit.
         cuts = [rows for unit in units for rows in _cut(unit, self.config.batch_size)]
         workers = self.config.workers

@@ -7,7 +7,6 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
-from warnings import warn
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from diffrep.config.schema import PathText, Section
 from diffrep.data import Transform
 from diffrep.data.images import decode
 from diffrep.errors import BackendUnavailable, ConfigError, DataError, DiffrepError
-from diffrep.extract.extractor import Extractor, _digest
+from diffrep.extract.extractor import Extractor, image_digest
 from diffrep.extract.features import Features
 
 try:
@@ -76,7 +75,8 @@ class DiffrepFeatures(TransformerMixin, BaseEstimator):
         cond: A class label or a prompt for every image; None is "no class" or the empty prompt.
         size: Side of the square the images are brought to; None keeps them as they are.
         fit_mode: "resize", "crop" or "pad", the `fit` of `DataConfig`.
-        value_range: Values of float tensors that mean black and white; (0, 1) for those of torchvision's `ToTensor`.
+        value_range: Values of float tensors that mean black and white: (0, 1) as everywhere in diffrep and from
+            torchvision's `ToTensor`, (-1, 1) for tensors that were made for a diffusion model.
         root: Folder that paths are relative to; None leaves them as they are.
         ids: "path", or "content" to treat paths like other images.
         batch_size: Images read at a time, and rows of one forward.
@@ -107,7 +107,7 @@ class DiffrepFeatures(TransformerMixin, BaseEstimator):
         cond: int | str | None = None,
         size: int | None = None,
         fit_mode: str = "resize",
-        value_range: tuple[float, float] = (-1.0, 1.0),
+        value_range: tuple[float, float] = (0.0, 1.0),
         root: str | Path | None = None,
         ids: str = "path",
         batch_size: int = 64,
@@ -225,8 +225,6 @@ class _Reader:
         self.images = images if isinstance(images, (np.ndarray, torch.Tensor)) else list(images)
         if not len(self.images):
             raise DataError("X holds no images; at least one is needed")
-        if isinstance(images, torch.Tensor) and images.is_floating_point() and settings.value_range[0] < 0:
-            self._check_range(images)
 
     def layout(self, first: torch.Tensor) -> tuple[dict[str, tuple[int, ...]], list[str]]:
         """Returns the features' shapes by layer and the keys of the levels, for images of the first one's size."""
@@ -259,7 +257,7 @@ class _Reader:
             name, item = _split(self.images[row])
             if name is None and isinstance(item, (str, Path)) and self.settings.ids == "path":
                 name = self._relative(Path(item))
-            names.append(_digest(picture) if name is None else name)
+            names.append(image_digest(picture) if name is None else name)
         return names
 
     def _relative(self, path: Path) -> str:
@@ -294,17 +292,10 @@ class _Reader:
         low, high = self.settings.value_range
         image = (item.detach().cpu().float() - low) / (high - low)
         if image.numel() and not (image.min() >= 0 and image.max() <= 1):  # NaN too
-            raise ConfigError(f"values from {item.min():.3g} to {item.max():.3g} leave value_range {[low, high]}")
-        return image
-
-    def _check_range(self, images: torch.Tensor) -> None:
-        low, high = self.settings.value_range
-        if images.min() >= (low + high) / 2:
-            warn(
-                f"no pixel of X is darker than the middle of value_range {[low, high]}; if black is 0, set "
-                "value_range=(0, 1)",
-                stacklevel=5,
+            raise ConfigError(
+                f"values from {item.min():.3g} to {item.max():.3g} leave value_range {[low, high]}; set it"
             )
+        return image
 
 
 def _matrix(features: Features) -> np.ndarray:

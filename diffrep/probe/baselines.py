@@ -14,6 +14,8 @@ from diffrep.probe.gallery import open_store_images, rows_of, store_config
 from diffrep.store import FeatureStore
 
 PIXELS_SIDE = 32
+# Their names in tables, behind the head's.
+TITLES = {"pixels": "on raw pixels", "untrained": "on untrained network"}
 
 
 def pixels(store: FeatureStore, config: ProbeConfig) -> torch.Tensor:

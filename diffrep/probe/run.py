@@ -13,7 +13,7 @@ from diffrep import dist
 from diffrep.config import ProbeConfig, TrainedConfig, write_results
 from diffrep.errors import ConfigError, DiffrepError, StoreError
 from diffrep.heads import save_head
-from diffrep.probe.baselines import pixels, untrained
+from diffrep.probe.baselines import TITLES, pixels, untrained
 from diffrep.probe.gallery import gallery, open_store_images, save_arrays, thumbnails
 from diffrep.probe.lowdata import check_low_data, low_data
 from diffrep.probe.measure import Measure
@@ -151,13 +151,13 @@ class Probe:
         """Judges, chooses and scores the logistic regression on "pixels" or on the "untrained" network's features."""
         if name == "pixels":
             features = pixels(self.store, self.config)
-            return self._elsewhere("raw pixels", lambda _: features, [Reading("pixels", "")])
+            return self._elsewhere(TITLES[name], lambda _: features, [Reading("pixels", "")])
         known = self.store.levels
         quietest = min(known, key=lambda key: known[key].sigma)
         levels = [key for key in known if key in (quietest, self.best_linear().level)]
         blank = untrained(self.store, self.config, levels, self.out)
         single = self.config.model_copy(update={"combine": ("single",)})
-        return self._elsewhere("untrained network", lambda one: one.read(blank), readings(blank, single))
+        return self._elsewhere(TITLES[name], lambda one: one.read(blank), readings(blank, single))
 
     def best_linear(self) -> Reading:
         """Returns the single reading on which the logistic regression, or else any head, is best on validation."""
@@ -244,7 +244,7 @@ class Probe:
     def _elsewhere(self, name: str, read: Read, among: list[Reading]) -> Judged:
         config = self.config.model_copy(update={"heads": ("logistic",)})
         judged = [sweep(read, among, task, config, seed) for task, seed in zip(self.tasks, self.seeds, strict=True)]
-        return self.add(f"{NAMES['logistic']} on {name}", "logistic", judged, read)
+        return self.add(f"{NAMES['logistic']} {name}", "logistic", judged, read)
 
     def _scored(self, read: Read, chosen: Judged, task: Task, seed: int) -> Scored | None:
         if not dist.state().is_main_process:

@@ -66,12 +66,12 @@ def extract_together(
         main_process_only=True,
         leave=False,
     )
-    batches = jobs[0]._batches(mine)
+    batches = jobs[0].batches(mine)
     for unit in mine:
         held = list(islice(batches, -(-len(unit.rows) // config.batch_size)))
         for job, writer, numbers in zip(jobs, writers, missing, strict=True):
             if unit.number in numbers:
-                job._extract_unit(writer, unit, iter(held), bar, state.num_processes)
+                job.extract_unit(writer, unit, iter(held), bar, state.num_processes)
         encoded.clear()
     bar.close()
     state.wait_for_everyone()

@@ -15,6 +15,7 @@ from diffrep.data import vtab_means
 from diffrep.data.vtab import TASKS
 from diffrep.errors import ConfigError, DataError, DiffrepError, UnknownNameError
 from diffrep.extract.job import ExtractJob, open_backbone
+from diffrep.probe.baselines import TITLES
 from diffrep.probe.run import run_probe
 from diffrep.probe.task import LabelledImages, make_task
 from diffrep.store.layout import read_json, write_json, write_whole
@@ -23,8 +24,7 @@ SETTINGS, TABLE = "config.json", "table.md"
 # Keys that may differ between a run and its resume: they do not decide what a task's number is.
 FREE_KEYS = ("out", "tasks", "batch_size", "workers", "data.path", "backbone.device", "probe.device")
 EXTRACT_KEYS = ("backbone", "request", "cond", "batch_size", "unit_size", "workers")
-BASELINES = ("on raw pixels", "on untrained network")
-TITLES = {"all": "All 19 tasks"}
+GROUPS = {"all": "All 19 tasks"}
 
 
 def run_vtab(config: VtabConfig, backbone: Backbone | None = None) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def table(metrics: dict[str, Any]) -> str:
         lines.append(_row(link, one["group"], f"{one['test']:.3f}{error}", interval, one["name"], where))
     for group, mean in metrics["means"].items():
         there = f"{mean['tasks'] - len(mean['missing'])} of {mean['tasks']} tasks"
-        lines.append(_row(f"**{TITLES.get(group, group)}**", there, f"**{_score(mean['mean'])}**", "", "", ""))
+        lines.append(_row(f"**{GROUPS.get(group, group)}**", there, f"**{_score(mean['mean'])}**", "", "", ""))
     heads = metrics["heads"]
     if len(heads) > 1:
         lines += ["", "## Every head by itself", "", *_header("task", *heads)]
@@ -142,7 +142,7 @@ def table(metrics: dict[str, Any]) -> str:
             lines.append(_row(one["task"], *(_score(head["tests"].get(one["task"])) for head in heads.values())))
         for group in metrics["means"]:
             means = (_score(head["means"][group]["mean"]) for head in heads.values())
-            lines.append(_row(f"**{TITLES.get(group, group)}**", *means))
+            lines.append(_row(f"**{GROUPS.get(group, group)}**", *means))
     return "\n".join([*lines, *(f"\n{note}" for note in metrics["notes"])]) + "\n"
 
 
@@ -209,7 +209,7 @@ def _metrics(config: VtabConfig, done: dict[str, dict[str, Any]]) -> dict[str, A
         for score in found["scores"]:
             heads.setdefault(score["name"], {"tests": {}})["tests"][name] = score["test"]
         # The test score must not choose, and a baseline is no reading of the network.
-        judged = [score for score in found["scores"] if not score["name"].endswith(BASELINES)]
+        judged = [score for score in found["scores"] if not score["name"].endswith(tuple(TITLES.values()))]
         best = max(judged, key=lambda score: score["val"])
         task, samples = TASKS[name], found["samples"]
         rows.append(
