@@ -132,9 +132,9 @@ class ProbeConfig(Section):
         test_split: Split that is scored once, with the chosen settings; None holds out `test_fraction` instead.
         test_fraction: Share of `train_split` held out, stratified, when `test_split` is None.
         val_fraction: Share of the training samples used to choose strengths, k, layer and level; stratified.
-        missing: "refuse" or "allow" classes of the training split that have no test sample. Classes of the validation
-            and test samples that have no sample to fit on are refused by both; "any" allows them too, and their
-            samples count as wrong.
+        missing: "refuse" or "allow" classes of the training split that have no sample in the test split, or in a
+            `val_split`. Classes of the validation and test samples that have no sample to fit on are refused by both;
+            "any" allows them too, and their samples count as wrong.
         metric: What is chosen by and reported: "accuracy" or "mean_per_class"; multi-label data always use mean
             average precision.
         pools: Sides k that maps are pooled to before a head flattens them, "stored" for as they are.
@@ -156,7 +156,8 @@ class ProbeConfig(Section):
             "untrained" (the same network with random weights, at the chosen level and at the least noisy one).
         low_data: Also measure with few samples; None does not.
         seeds: Repetitions with seeds seed, seed + 1, ...: each draws its own validation samples, first weights and
-            data order, chooses for itself, and is scored once.
+            data order, chooses for itself, and is scored once. Trained heads and baselines read the layer and level
+            that the first seed chose, and `low_data` has its own draws.
         seed: Seeds splits, the bootstrap and the trained heads.
         device: Where heads are fitted; "auto" takes a GPU when there is one.
     """

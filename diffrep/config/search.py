@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from diffrep.config.probe import ProbeConfig
 from diffrep.config.schema import ExtractConfig, PathText, listed
+
+FIRST = 1000
 
 
 class SearchProbeConfig(ProbeConfig):
@@ -44,9 +46,10 @@ class SearchConfig(ExtractConfig):
     `diffrep extract`.
 
     Attributes:
-        first: Samples of the first rung, training and validation samples together; test samples are in no rung.
+        rungs: Samples of every rung, rising; None takes `first` and its multiples.
+        first: Samples of the first rung, training and validation samples together; test samples are in no rung. 1,000
+            if it is not given, and always None beside `rungs`, which win over a `first` in a config file.
         factor: Each rung keeps one cell in so many, and the next has so many times the samples.
-        rungs: Samples of every rung, rising, in place of `first` and its multiples.
         keep: Cells that are left after the last rung, and probed on all samples.
         head: What cells are judged by in the rungs: "logistic", "ridge" or "knn".
         ranking: "beside" also ranks all cells without labels on the samples of the first rung, which reads them under
@@ -56,9 +59,9 @@ class SearchConfig(ExtractConfig):
     """
 
     unit_size: PositiveInt = 100
-    first: PositiveInt = 1000
+    rungs: Annotated[Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None, BeforeValidator(listed)] = None
+    first: Annotated[PositiveInt | None, Field(validate_default=True)] = None
     factor: Annotated[int, Field(ge=2)] = 2
-    rungs: Annotated[tuple[PositiveInt, ...] | None, BeforeValidator(listed), Field(min_length=1)] = None
     keep: PositiveInt = 3
     head: Literal["logistic", "ridge", "knn"] = "logistic"
     ranking: Literal["beside", "only", "none"] = "beside"
@@ -72,10 +75,13 @@ class SearchConfig(ExtractConfig):
             return {**value, "request": {"layers": "blocks", **value["request"]}}
         return value
 
+    @field_validator("first")
+    @classmethod
+    def _rungs_win(cls, value: int | None, info: ValidationInfo) -> int | None:
+        return None if info.data.get("rungs") else value or FIRST
+
     @model_validator(mode="after")
     def _rungs_rise(self) -> SearchConfig:
-        if self.rungs and "first" in self.model_fields_set:
-            raise ValueError("'rungs' names the samples of every rung, so it goes without 'first'")
         if self.rungs and any(one >= other for one, other in zip(self.rungs, self.rungs[1:], strict=False)):
             raise ValueError(f"rungs must rise, as each one adds samples to the one before; given: {list(self.rungs)}")
         return self

@@ -79,9 +79,15 @@ class LogisticPath:
 
 def standardisation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns mean and standard deviation (D,) of features (N, D)."""
-    std = x.std(0, correction=0)
-    # A constant feature carries nothing: std 1 leaves it at zero after centring.
-    return x.mean(0), torch.where(std > 1e-6 * std.max().clamp(min=1e-12), std, torch.ones_like(std))
+    return x.mean(0), divisor(x.std(0, correction=0))
+
+
+def divisor(std: torch.Tensor) -> torch.Tensor:
+    """Returns what features of these standard deviations (D,) are divided by: 1 where they are constant.
+
+    A constant feature carries nothing, and 1 leaves it at zero after centring.
+    """
+    return torch.where(std > 1e-6 * std.max().clamp(min=1e-12), std, torch.ones_like(std))
 
 
 def one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:

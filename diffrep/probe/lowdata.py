@@ -45,7 +45,7 @@ def low_data(
         seed: Seed of the first draw.
 
     Returns:
-        One row for each amount: head, train, samples, mean, standard error, values.
+        One row for each amount: head, train, samples, mean, standard error (None for one draw), values.
     """
     wanted, labels = config.low_data, task.labels[task.fit].numpy()
     draws = [
@@ -70,5 +70,6 @@ def low_data(
             values.append(measure(fitted.scores(test)[0].cpu(), task.labels[task.test]))
             counts.append(len(rows))
         row = {"head": chosen.head, "train": amount, "samples": round(float(np.mean(counts)))}
-        found.append(row | {"mean": float(np.mean(values)), "error": standard_error(values), "values": values})
+        error = standard_error(values) if len(values) > 1 else None
+        found.append(row | {"mean": float(np.mean(values)), "error": error, "values": values})
     return found

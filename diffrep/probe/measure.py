@@ -24,7 +24,12 @@ class Measure:
         self.classes = task.classes
 
     def __call__(self, scores: torch.Tensor, labels: torch.Tensor) -> float:
-        """Measures scores (M, K) against labels (M,), or (M, K) 0 or 1."""
+        """Measures scores (M, K) against labels (M,), or (M, K) 0 or 1.
+
+        Scores that are not finite, as of a head whose training diverged, are worth nothing: they give minus infinity.
+        """
+        if not torch.isfinite(scores).all():
+            return float("-inf")
         if self.name == "map":
             return mean_average_precision(scores, labels).mean
         predicted = scores.argmax(1)
@@ -32,14 +37,14 @@ class Measure:
             return accuracy(predicted, labels)
         return float(np.nanmean(per_class_accuracy(predicted, labels, self.classes).numpy()))
 
-    def interval(self, scores: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[float, float]:
-        """Returns the 95 % percentile bootstrap interval over the samples."""
+    def interval(self, runs: list[torch.Tensor], labels: torch.Tensor, seed: int) -> tuple[float, float]:
+        """Returns the 95 % percentile bootstrap interval over samples of the mean over runs of scores (M, K)."""
         if self.name == "accuracy":
-            return bootstrap_interval((scores.argmax(1) == labels).numpy(), seed)
+            return bootstrap_interval(np.mean([(s.argmax(1) == labels).double().numpy() for s in runs], axis=0), seed)
         rng = np.random.default_rng(seed)
         values = []
         for _ in range(RESAMPLES_OF_SLOW_METRICS):
             rows = torch.from_numpy(rng.integers(len(labels), size=len(labels)))
-            values.append(self(scores[rows], labels[rows]))
+            values.append(np.mean([self(scores[rows], labels[rows]) for scores in runs]))
         low, high = np.nanquantile(values, [0.025, 0.975])
         return float(low), float(high)

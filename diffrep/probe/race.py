@@ -53,13 +53,14 @@ def ladder(config: SearchConfig, cells: int, available: int) -> list[Rung]:
         )
     if cells <= config.keep:
         raise ConfigError(f"keep={config.keep} would keep the whole grid of {cells} cells; take a smaller keep")
-    largest = max(config.rungs or (config.first,))
+    sizes = list(config.rungs or [config.first])
+    largest = max(sizes)
     if largest > available:
         raise ConfigError(
             f"a rung of {largest:,} samples is asked for and there are {available:,} to fit on and choose on; take "
             "smaller rungs (first=..., or rungs=[...]), or 'diffrep extract' and 'diffrep probe' for the full grid"
         )
-    sizes, alive, found = list(config.rungs or [config.first]), cells, []
+    alive, found = cells, []
     for number, size in enumerate(sizes):
         kept = max(config.keep, ceil(alive / config.factor))
         if config.rungs is None and kept > config.keep and size * config.factor < available:

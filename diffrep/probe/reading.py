@@ -94,12 +94,11 @@ def readings(store: FeatureStore, config: ProbeConfig) -> list[Reading]:
             groups += [(layer, ALL_LEVELS, tuple((layer, level) for level in levels)) for layer in layers]
         else:
             groups.append((ALL_LAYERS, ALL_LEVELS, tuple((layer, level) for layer in layers for level in levels)))
-    shapes = {name: about["shape"] for name, about in store.meta["layers"].items()}
     found: dict[tuple[object, ...], Reading] = {}
     for layer, level, pairs in groups:
         for pool in config.pools:
             pool = None if pool == "stored" else pool
-            sizes = tuple(_pooled_shape(name, shapes[name], pool) for name, _ in pairs)
+            sizes = tuple(pooled_shape(store, name, pool) for name, _ in pairs)
             # A pooling that changes nothing, or a combination of one, is what is there already.
             found.setdefault((pairs, sizes), Reading(layer, level, pairs, pool))
     return list(found.values())
@@ -110,13 +109,19 @@ def size_of(reading: Reading, store: FeatureStore) -> int:
     return sum(prod(store.meta["layers"][layer]["shape"]) for layer, _ in reading.pairs)
 
 
-def _pooled_shape(layer: str, shape: list[int], pool: int | None) -> tuple[int, ...]:
+def pooled_shape(store: FeatureStore, layer: str, pool: int | None) -> tuple[int, ...]:
+    """Returns the shape of one sample's features after `pooled`, before they are flattened.
+
+    Raises:
+        ConfigError: The features are tokens and `pool` is neither None nor 1.
+    """
+    shape = tuple(store.meta["layers"][layer]["shape"])
     if pool is None or len(shape) == 1:
-        return tuple(shape)
+        return shape
     if len(shape) == 2:
         if pool != 1:
             raise ConfigError(
-                f"{layer} is stored as tokens {tuple(shape)}, then pools takes 'stored' or 1, not {pool}"
+                f"{layer} is stored as tokens {shape}; they are read as stored, or pooled to 1, not to {pool}"
             )
-        return (shape[1],)
+        return shape[1:]
     return (shape[0], min(pool, shape[1]), min(pool, shape[2]))

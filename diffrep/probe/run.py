@@ -31,10 +31,15 @@ NAMES = {
     "ridge": "ridge",
     "knn": "kNN",
     "ncm": "nearest class mean",
+}
+# Trained heads that stand under their kind; others keep the name they were given.
+TRAINED_NAMES = {
     "attention": "attention pool",
+    "diffssl-attention": "attention (diffssl)",
     "difformer": "DifFormer",
     "conv": "convolutional",
     "mlp": "MLP",
+    "linear": "linear, trained",
     "matryoshka": "Matryoshka",
 }
 
@@ -43,7 +48,8 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     """Judges every head on every reading of a store; writes `results.json`, `report.html`, `trials.csv` and the heads.
 
     For each head and each way to combine features, one reading and setting are chosen on validation samples, fitted
-    again on training and validation samples, and scored once on the test samples; so are the trained heads.
+    again on training and validation samples, and scored once on the test samples. A trained head is scored once too,
+    with the weights of the epoch that was best on the validation samples; it is not fitted on these.
 
     Returns:
         The metrics that stand in results.json.
@@ -84,8 +90,12 @@ class Probe:
         self.readings = readings(store, config)
         # What cannot work is told before any work is done.
         check_low_data(self.task, config)
+        for name, head in config.trained.items():
+            if _title(name, head.kind or name) in NAMES.values():
+                raise ConfigError(f"trained.{name} has the name of a head that needs no epochs; give it another")
         self.stores = {name: self._store_of(name, head) for name, head in config.trained.items()}
         self.sweeps: list[list[Judged]] = []
+        self.chosen: dict[tuple[str, str], Judged] = {}
         self.results: list[Result] = []
         self.heads: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
         self.low: list[dict[str, Any]] = []
@@ -115,7 +125,7 @@ class Probe:
         if not among[0]:
             return None
         name = NAMES[head] + {"single": "", "layers": ", all layers", "levels": ", all levels", "all": ", all"}[kind]
-        chosen = self.add(name, head, among)
+        self.chosen[head, kind] = chosen = self.add(name, head, among)
         wanted = self.config.low_data
         if wanted and head in self.config.low_data_heads and kind == "single" and dist.state().is_main_process:
             self.low += low_data(self.read(chosen.reading), chosen, self.task, self.config, self.config.seed)
@@ -160,12 +170,16 @@ class Probe:
         return self._elsewhere(TITLES[name], lambda one: one.read(blank), readings(blank, single))
 
     def best_linear(self) -> Reading:
-        """Returns the single reading on which the logistic regression, or else any head, is best on validation."""
-        single = [one for one in self.sweeps[0] if one.reading.combine == "single"] or self.sweeps[0]
+        """Returns the single reading that was chosen for the logistic regression, or else for the best head."""
+        single = [one for (_, kind), one in self.chosen.items() if kind == "single"]
+        if not single:  # nothing was scored yet: the best on validation
+            single = [one for one in self.sweeps[0] if one.reading.combine == "single"] or self.sweeps[0]
         return max([one for one in single if one.head == "logistic"] or single, key=lambda one: one.val).reading
 
     def train(self, name: str, store: FeatureStore | None = None) -> None:
-        """Trains the head `config.trained[name]` with every seed and scores it.
+        """Trains the head `config.trained[name]` with every seed, on the training samples, and scores its best epoch.
+
+        The layer and level that its config leaves open are those that the first seed chose for the linear head.
 
         Args:
             name: Which.
@@ -184,9 +198,7 @@ class Probe:
             layers, levels = list(dict.fromkeys(p[0] for p in pairs)), list(dict.fromkeys(p[1] for p in pairs))
             reading = Reading(" + ".join(layers), " + ".join(levels), tuple(pairs), config.pool)
             runs = [(one.val, one.scores) for one in trained]
-            # A head that stands under its kind gets the kind's name; "linear" is the logistic regression's.
-            title = NAMES.get(name, name) if name == kind else name
-            self._keep(title, kind, reading, runs, None, trained[0].setting, trained[0].head, store)
+            self._keep(_title(name, kind), kind, reading, runs, None, trained[0].setting, trained[0].head, store)
 
     @property
     def measure(self) -> Measure:
@@ -333,6 +345,11 @@ def table(metrics: dict[str, Any]) -> str:
     return "\n".join(
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _title(name: str, kind: str) -> str:
+    """Returns a trained head's name in tables."""
+    return TRAINED_NAMES[kind] if name == kind else name
 
 
 def _about(result: Result, reading: Reading, store: FeatureStore, metric: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffrep.metrics import bootstrap_interval, mean_average_precision, per_class_accuracy, standard_error, top_k
+from diffrep.metrics import mean_average_precision, per_class_accuracy, standard_error, top_k
 from diffrep.probe.measure import Measure
 from diffrep.probe.reading import Reading
 from diffrep.probe.sweep import Judged
@@ -143,11 +143,7 @@ def summarise(
     labels, measure = task.labels[task.test], Measure(metric, task)
     tests = [measure(scores, labels) for _, scores in runs]
     first = runs[0][1]
-    if measure.name == "accuracy":
-        hits = np.mean([(scores.argmax(1) == labels).double().numpy() for _, scores in runs], axis=0)
-        interval = bootstrap_interval(hits, seed)
-    else:
-        interval = measure.interval(first, labels, seed)
+    interval = measure.interval([scores for _, scores in runs], labels, seed)
     single = not task.multilabel
     each = [
         per_class_accuracy(s.argmax(1), labels, task.classes) if single else mean_average_precision(s, labels).each

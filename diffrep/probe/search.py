@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from diffrep import dist
 from diffrep.backbones import Backbone
-from diffrep.config import ExtractConfig, FeatureRequest, ProbeConfig, to_plain, write_results
+from diffrep.config import DataConfig, ExtractConfig, FeatureRequest, ProbeConfig, to_plain, write_results
 from diffrep.config.search import SearchConfig
 from diffrep.data import open_images
 from diffrep.errors import ConfigError, DataError
@@ -85,9 +85,7 @@ class Search:
         self.blind = config.ranking == "only"
         others = () if self.blind else (judged.val_split, judged.test_split)
         splits = tuple(dict.fromkeys(name for name in (judged.train_split, *others) if name is not None))
-        limit = config.data.limit
-        limit = {name: n for name, n in limit.items() if name in splits} or None if isinstance(limit, dict) else limit
-        data = config.data.model_copy(update={"splits": splits, "limit": limit})
+        data = _with_splits(config.data, splits, unread={judged.val_split, judged.test_split}.difference(splits))
         self.images = open_images(data, self.backbone.image_channels)
         self.extract = ExtractConfig(
             **{name: getattr(config, name) for name in ExtractConfig.model_fields} | {"data": data}
@@ -180,7 +178,10 @@ class Search:
         if self.blind:
             count = self.config.rungs[0] if self.config.rungs else self.config.first
             if count > len(self.images):
-                raise ConfigError(f"first={count:,} samples are asked for and there are {len(self.images):,}")
+                raise ConfigError(
+                    f"a ranking on {count:,} samples is asked for and there are {len(self.images):,}; take a smaller "
+                    "first=..."
+                )
             return [np.sort(np.random.default_rng(self.config.seed).permutation(len(self.images))[:count])]
         task = self.task(self.config.seed)
         rows = [members(task, rung.samples, self.config.seed) for rung in self.rungs]
@@ -342,3 +343,21 @@ class Search:
             "levels": [{"key": key, "time": level.time, "sigma": level.sigma} for key, level in store.levels.items()],
             "costs": store.meta["costs"],
         }
+
+
+def _with_splits(data: DataConfig, splits: tuple[str, ...], unread: set[str | None]) -> DataConfig:
+    """Returns the data with the splits that a search reads; a limit of a split that it does not read is left out.
+
+    Raises:
+        ConfigError: The data name other splits.
+    """
+    if data.splits is not None and set(data.splits) != set(splits):
+        raise ConfigError(
+            f"data.splits is {list(data.splits)}, and this search reads {list(splits)}: probe.train_split, and unless "
+            "ranking=only probe.val_split and probe.test_split, name what is read; set those, and leave data.splits "
+            "out (data.splits=null)"
+        )
+    limit = data.limit
+    if isinstance(limit, dict):
+        limit = {name: count for name, count in limit.items() if name not in unread} or None
+    return data.model_copy(update={"splits": splits, "limit": limit})

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from diffrep import dist
 from diffrep.config import ProbeConfig
+from diffrep.errors import DiffrepError
 from diffrep.probe.measure import Measure
 from diffrep.probe.methods import LINEAR, Setting, fit, settings_of
 from diffrep.probe.reading import Reading
@@ -32,7 +33,7 @@ class Judged:
         interval: 95 % bootstrap interval of `val`.
         setting: The setting that gave it; the first of equals.
         dim: Length of the flattened features.
-        trials: Every setting and its validation score.
+        trials: Every setting and its validation score; minus infinity for one whose training diverged.
     """
 
     reading: Reading
@@ -97,7 +98,8 @@ def judge(reading: Reading, features: torch.Tensor, task: Task, config: ProbeCon
         scores = fit(name, train, labels, task.classes, settings, config, seed).scores(val)
         values = [measure(one.cpu(), task.labels[task.val]) for one in scores]
         top = max(range(len(values)), key=values.__getitem__)
-        interval = measure.interval(scores[top].cpu(), task.labels[task.val], config.seed)
+        _check_converged(name, reading, values[top])
+        interval = measure.interval([scores[top].cpu()], task.labels[task.val], config.seed)
         trials = tuple(zip(settings, values, strict=True))
         found.append(Judged(reading, name, values[top], interval, settings[top], features.shape[1], trials))
     return found
@@ -140,7 +142,17 @@ def _cross_validate(one: Judged, read: Read, task: Task, config: ProbeConfig, se
     measure = Measure(config.metric, task)
     values = [measure(scores, labels) for scores in held]
     top = max(range(len(values)), key=values.__getitem__)
+    _check_converged(one.head, one.reading, values[top])
     return replace(one, val=values[top], setting=settings[top])
+
+
+def _check_converged(head: str, reading: Reading, best: float) -> None:
+    """Raises DiffrepError when no setting of a head gave finite scores."""
+    if best == float("-inf"):
+        raise DiffrepError(
+            f"{head} diverged on {reading} with every setting; take smaller learning rates (sgd.lrs), or a norm "
+            "(sgd.norms)"
+        )
 
 
 def score(features: torch.Tensor, chosen: Judged, task: Task, config: ProbeConfig, seed: int) -> Scored:

@@ -132,12 +132,15 @@ def _check_classes(task: Task, store: FeatureStore, config: ProbeConfig) -> None
                 f"classes {_names(strange, store)} are among the {name} samples and not in the training split; "
                 "missing=any counts such samples as wrong"
             )
-    absent = np.setdiff1d(train, test)
-    if len(absent) and config.missing == "refuse":
-        raise DataError(
-            f"classes {_names(absent, store)} of the training split have no test sample, so nothing can be said of "
-            "them; missing=allow scores the others"
-        )
+    # A validation part that was drawn from the training split is stratified as well as the classes' sizes allow.
+    given = [("test", test)] if config.val_split is None else [("validation", val), ("test", test)]
+    for name, present in given:
+        absent = np.setdiff1d(train, present)
+        if len(absent) and config.missing == "refuse":
+            raise DataError(
+                f"classes {_names(absent, store)} of the training split have no {name} sample, so nothing can be said "
+                "of them; missing=allow scores the others"
+            )
 
 
 def _present(task: Task, rows: np.ndarray) -> np.ndarray:

@@ -19,8 +19,9 @@ from diffrep.config import TrainedConfig, digest, to_plain
 from diffrep.errors import CheckpointError, ConfigError
 from diffrep.heads import Head
 from diffrep.probe.measure import Measure
+from diffrep.probe.reading import pooled_shape
 from diffrep.probe.task import Task
-from diffrep.probe.trained_data import CHECKPOINT, Order, Pair, Samples, pooled_shape
+from diffrep.probe.trained_data import CHECKPOINT, Order, Pair, Samples
 from diffrep.probe.trained_net import batch_norms, build_head, check_shapes, evaluate, norm_of, set_standard
 from diffrep.store import FeatureStore
 from diffrep.store.layout import INDEX, read_json, write_json, write_whole

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from diffrep import dist
-from diffrep.errors import ConfigError
-from diffrep.probe.reading import check_finite, pooled
+from diffrep.probe.reading import check_finite, pooled, pooled_shape
 from diffrep.store import FeatureStore
 
 Pair = tuple[str, str]
@@ -83,24 +82,6 @@ class Samples:
     def _pooled(self, pair: Pair, rows: np.ndarray) -> torch.Tensor:
         part = self.store.take(*pair, rows)
         return pooled(part, self.pool).view(len(part), *self.shapes[pair]) if self._pools(pair) else part
-
-
-def pooled_shape(store: FeatureStore, layer: str, pool: int | None) -> tuple[int, ...]:
-    """Returns the shape of one sample's features after pooling to at most `pool` cells a side.
-
-    Raises:
-        ConfigError: The features are tokens and `pool` is neither None nor 1.
-    """
-    shape = tuple(store.meta["layers"][layer]["shape"])
-    if pool is None or len(shape) == 1:
-        return shape
-    if len(shape) == 2:
-        if pool != 1:
-            raise ConfigError(
-                f"{layer} is stored as tokens {shape}; they are read as stored or with pool=1, not {pool}"
-            )
-        return shape[1:]
-    return (shape[0], min(pool, shape[1]), min(pool, shape[2]))
 
 
 class Order:

@@ -14,6 +14,7 @@ from diffrep import dist
 from diffrep.config import TrainedConfig
 from diffrep.errors import ConfigError
 from diffrep.heads import AttentionHead, AttentionPool, ConvHead, DifFormer, Head, LinearHead, MatryoshkaHead, MLPHead
+from diffrep.probe.logistic import divisor
 from diffrep.probe.trained_data import CHUNK, Pair, Samples
 
 # What may stand before each kind's first layer; the first is what a head without a choice has.
@@ -147,11 +148,8 @@ def set_standard(head: MLPHead, samples: Samples, rows: np.ndarray) -> None:
     parts = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
     mean = sum(joined(samples.read(part)).sum(0, dtype=torch.float64) for part in parts) / len(rows)
     squares = sum((joined(samples.read(part)) - mean).square().sum(0) for part in parts)
-    std = (squares / len(rows)).sqrt()
-    # A constant feature carries nothing: std 1 leaves it at zero after centring.
-    std = torch.where(std > 1e-6 * std.max().clamp(min=1e-12), std, torch.ones_like(std))
     head.mean.copy_(mean)
-    head.std.copy_(std)
+    head.std.copy_(divisor((squares / len(rows)).sqrt()))
 
 
 def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

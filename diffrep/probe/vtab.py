@@ -45,7 +45,8 @@ def run_vtab(config: VtabConfig, backbone: Backbone | None = None) -> dict[str, 
         does not name; a mean is None while one of its tasks is missing. Empty for other processes than the main one.
 
     Raises:
-        ConfigError: The parts of the config do not go together, or the folder holds a run with other settings.
+        ConfigError: The parts of the config do not go together, or the folder holds a run with other settings or of
+            other weights.
         DataError: Task folders are missing or cannot be read, or the labels do not allow a probe.
     """
     state = dist.state()
@@ -54,8 +55,8 @@ def run_vtab(config: VtabConfig, backbone: Backbone | None = None) -> dict[str, 
         backbone = backbone or open_backbone(config.backbone)
     jobs = check_vtab(config, todo, backbone)
     state.wait_for_everyone()
-    if state.is_main_process:
-        write_json(Path(config.out) / SETTINGS, _settings(config))
+    if state.is_main_process and backbone is not None:
+        write_json(Path(config.out) / SETTINGS, _settings(config, backbone))
     for number, (name, job) in enumerate(jobs.items(), 1):
         if state.is_main_process:
             print(f"{number}/{len(jobs)} {name}, {len(job.images):,} images")
@@ -96,16 +97,18 @@ def check_vtab(config: VtabConfig, todo: list[str], backbone: Backbone | None) -
     Args:
         config: What to extract and fit.
         todo: Names of the tasks.
-        backbone: Their backbone, without weights too; None where there are no tasks.
+        backbone: Their backbone; None where there are no tasks. One on the meta device does for all checks but that
+            of the weights.
 
     Returns:
         The extraction of each task.
 
     Raises:
-        ConfigError: The request does not suit the backbone, or the folder holds a run with other settings.
+        ConfigError: The request does not suit the backbone, or the folder holds a run with other settings or of other
+            weights.
         DataError: A list or an image is missing, or the labels do not allow a probe.
     """
-    _compare(config)
+    _compare(config, backbone)
     jobs = {}
     for name in todo:
         with _naming(name):
@@ -173,9 +176,9 @@ def _naming(task: str) -> Iterator[None]:
         raise
 
 
-def _compare(config: VtabConfig) -> None:
+def _compare(config: VtabConfig, backbone: Backbone | None) -> None:
     """Refuses a folder of another run, whose tasks would stand in one table with these."""
-    stored, settings = Path(config.out) / SETTINGS, _settings(config)
+    stored, settings = Path(config.out) / SETTINGS, _settings(config, backbone)
     before = read_json(stored) if stored.exists() else settings
     differ = sorted(key for key in settings if settings[key] != before.get(key))
     if differ:
@@ -185,9 +188,10 @@ def _compare(config: VtabConfig) -> None:
         )
 
 
-def _settings(config: VtabConfig) -> dict[str, Any]:
-    """Returns what decides the numbers, by key with one dot."""
-    settings = {}
+def _settings(config: VtabConfig, backbone: Backbone | None) -> dict[str, Any]:
+    """Returns what decides the numbers, by key with one dot; without the weights where there are none to read."""
+    there = backbone is not None and backbone.device.type != "meta"
+    settings: dict[str, Any] = {"weights": backbone.weights_hash} if there else {}
     for key, value in to_plain(config).items():
         settings |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
     return {key: value for key, value in settings.items() if key not in FREE_KEYS}

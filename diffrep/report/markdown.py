@@ -53,8 +53,8 @@ def _map(metrics: dict[str, Any]) -> str:
 
 
 def _low_data(metrics: dict[str, Any]) -> str:
-    rows = [
-        [one["train"], f"{one['samples']:,}", one["head"], f"{one['mean']:.3f} ± {one['error']:.3f}"]
-        for one in metrics["low_data"]
-    ]
+    rows = []
+    for one in metrics["low_data"]:
+        error = "" if one["error"] is None else f" ± {one['error']:.3f}"
+        rows.append([one["train"], f"{one['samples']:,}", one["head"], f"{one['mean']:.3f}{error}"])
     return _table(["training samples", "number", "head", "test"], rows) if rows else ""

@@ -69,7 +69,10 @@ def words(store, out, processes, *more):
 
 def scores_in(folder):
     """Scores of results.json by name."""
-    return {one["name"]: one for one in json.loads((folder / "results.json").read_text())["metrics"]["scores"]}
+    scores = json.loads((folder / "results.json").read_text())["metrics"]["scores"]
+    named = {one["name"]: one for one in scores}
+    assert len(named) == len(scores), "two heads have one name"
+    return named
 
 
 def stored_scores(folder):
@@ -92,12 +95,14 @@ def test_two_processes_judge_alike_and_train_alike(store, tmp_path):
     assert len([line for line in two.stderr.splitlines() if "train conv" in line and "0/8" in line]) == 1
     first, second = scores_in(tmp_path / "one"), scores_in(tmp_path / "two")
     assert list(first) == list(second)
-    for name in ("logistic regression", "kNN", "ridge"):
+    for name in ("linear", "kNN", "ridge"):
         assert first[name] == second[name]
     task, features = make_task(FeatureStore(store), ProbeConfig(store=store, val_fraction=0.3)), FeatureStore(store)
     labels = task.labels[task.test]
-    for name in ("conv", "attention", "linear"):
-        one, other = first[name], second[name]
+    titles = {"conv": "convolutional", "attention": "attention pool", "linear": "linear, trained"}
+    folders = {name: title.replace(", ", "-").replace(" ", "-") for name, title in titles.items()}
+    for name, title in titles.items():
+        one, other = first[title], second[title]
         assert other["val"] == pytest.approx(one["val"], abs=0.1)
         assert other["test"] == pytest.approx(one["test"], abs=0.05)
         assert one["test"] > 0.5, "chance is 0.33"
@@ -106,11 +111,11 @@ def test_two_processes_judge_alike_and_train_alike(store, tmp_path):
         assert (scores.argmax(1) == labels).double().mean().item() == other["test"]
         # The weights that two processes learned, scored by one: every bit is the same, so nothing was dropped,
         # counted twice or put in another's place.
-        head = load_head(tmp_path / "two" / "heads" / name)
+        head = load_head(tmp_path / "two" / "heads" / folders[name])
         samples = Samples(features, [(other["layer"], other["level"])], task.test, None)
         assert torch.equal(evaluate(name, head, samples, task.test, CLASSES, torch.device("cpu"))[0], scores)
     for name in ("conv", "linear"):
-        pair = [load_head(tmp_path / folder / "heads" / name).state_dict() for folder in ("one", "two")]
+        pair = [load_head(tmp_path / folder / "heads" / folders[name]).state_dict() for folder in ("one", "two")]
         for key, value in pair[0].items():
             torch.testing.assert_close(value, pair[1][key], atol=2e-3, rtol=1e-3)
 

@@ -193,6 +193,7 @@ def test_multi_label(write_store, tmp_path):
         ("good", {"val_split": "test"}, ConfigError, "a split has one role"),
         ("good", {"neighbours": (100,)}, ConfigError, "k=100 needs at least 100"),
         ("good", {"low_data": LowDataConfig(shots=(21,))}, ConfigError, "21 samples of each class"),
+        ("good", {"trained": {"kNN": TrainedConfig(kind="mlp")}}, ConfigError, "trained.kNN has the name of a head"),
         ("good", {"low_data": LowDataConfig(heads=("ridge",))}, ConfigError, "low_data.heads names 'ridge'"),
     ],
 )
@@ -200,6 +201,49 @@ def test_stores_that_cannot_be_probed(write_store, tmp_path, labels, options, er
     store = write_store(tmp_path / "store", labels=labels)
     with pytest.raises(error, match=text):
         run_probe(config(store, **options))
+
+
+def test_a_named_validation_split_needs_every_class(write_store, tmp_path):
+    # Roles turned round: the test part, which lacks a class, is what is chosen on.
+    store = write_store(tmp_path / "store", labels="class 2 not in test")
+    roles = {"val_split": "test", "test_split": None}
+    with pytest.raises(DataError, match=r"classes \[2\] of the training split have no validation sample"):
+        run_probe(config(store, **roles))
+    assert run_probe(config(store, missing="allow", **roles))["samples"]["val"] == 30
+
+
+def test_one_draw_of_few_samples_has_no_standard_error(write_store, tmp_path):
+    low = LowDataConfig(shots=(2,), fractions=(), tries=1)
+    metrics = run_probe(config(write_store(tmp_path / "store"), low_data=low))
+    assert [(row["samples"], row["error"], len(row["values"])) for row in metrics["low_data"]] == [(6, None, 1)] * 2
+
+
+def test_heads_that_diverge_are_not_chosen(write_store, tmp_path):
+    store = write_store(tmp_path / "store")
+    for labels in ("good", "several"):
+        store = write_store(tmp_path / labels, labels=labels)
+        wild = SGDConfig(norms=("none",), lrs=(0.5, 1e38), scale_lr=False, epochs=20, batch_size=16)
+        metrics = run_probe(config(store, heads=("sgd",), sgd=wild))
+        assert metrics["scores"][0]["setting"]["lr"] == 0.5
+        rows = list(csv.DictReader((tmp_path / labels / "probe" / "trials.csv").open()))
+        assert {row["validation"] for row in rows if "1e+38" in row["setting"]} == {"-inf"}
+        with pytest.raises(DiffrepError, match="sgd diverged on mid@t=5 with every setting"):
+            run_probe(config(store, heads=("sgd",), sgd=wild.model_copy(update={"lrs": (1e38,)})))
+
+
+def test_a_trained_linear_head_stands_beside_the_logistic_regression(write_store, tmp_path):
+    trained = {"linear": TrainedConfig(epochs=2)}
+    metrics = run_probe(config(write_store(tmp_path / "store"), out=tmp_path / "run", trained=trained))
+    assert [score["name"] for score in metrics["scores"]] == ["linear", "kNN", "linear, trained"]
+    assert sorted(one.name for one in (tmp_path / "run" / "heads").iterdir()) == ["linear", "linear-trained"]
+
+
+def test_the_interval_of_several_seeds_is_of_their_mean(write_store, tmp_path):
+    store = write_store(tmp_path / "store", spread=16.0)
+    for metric in ("accuracy", "mean_per_class"):
+        score = run_probe(config(store, heads=("sgd",), seeds=3, metric=metric))["scores"][0]
+        assert len(set(score["tests"])) > 1, "seeds that agree show nothing"
+        assert score["interval"][0] < np.mean(score["tests"]) < score["interval"][1]
 
 
 def test_nan_features_are_named(write_store, tmp_path):
