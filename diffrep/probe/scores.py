@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffrep.extract.plan import BYTES
 from diffrep.metrics import mean_average_precision, per_class_accuracy, standard_error, top_k
 from diffrep.probe.measure import Measure
 from diffrep.probe.reading import Reading
 from diffrep.probe.sweep import Judged
 from diffrep.probe.task import Task
 from diffrep.store import FeatureStore
-
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)

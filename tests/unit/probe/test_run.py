@@ -239,9 +239,9 @@ def test_a_trained_linear_head_stands_beside_the_logistic_regression(write_store
 
 
 def test_the_interval_of_several_seeds_is_of_their_mean(write_store, tmp_path):
-    store = write_store(tmp_path / "store", spread=16.0)
+    store = write_store(tmp_path / "store", spread=24.0)
     for metric in ("accuracy", "mean_per_class"):
-        score = run_probe(config(store, heads=("sgd",), seeds=3, metric=metric))["scores"][0]
+        score = run_probe(config(store, heads=("sgd",), seeds=3, metric=metric, finalists=1))["scores"][0]
         assert len(set(score["tests"])) > 1, "seeds that agree show nothing"
         assert score["interval"][0] < np.mean(score["tests"]) < score["interval"][1]
 
