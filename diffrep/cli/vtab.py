@@ -4,7 +4,7 @@ Tasks are prepared folders (caltech101, cifar, dtd, ...) with images/ and train8
 
 Examples:
   diffrep vtab configs/vtab/default.yaml backbone=SOURCE data=PATH data.size=256 out=runs/vtab
-  diffrep vtab configs/vtab/default.yaml data=PATH tasks=[cifar,dtd,eurosat] out=runs/vtab --nproc 2
+  diffrep vtab configs/vtab/dit-xl2.yaml data=PATH tasks=[cifar,dtd,eurosat] out=runs/vtab-dit --nproc 2
   diffrep vtab runs/vtab/config.yaml --dry-run
 """
 

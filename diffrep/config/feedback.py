@@ -129,7 +129,7 @@ class FeedbackConfig(Section):
         missing: "refuse" or "allow" classes of the training split that have no test sample.
         epochs: Most passes over the training samples.
         patience: Stop after this many epochs without a better validation accuracy; None never stops early.
-        batch_size: Images of one step.
+        batch_size: Images of one step, over all processes; as many make one forward of an evaluation.
         optimizer: "sgd" or "adamw".
         lr: Learning rate of the first epoch.
         momentum: Of SGD.
@@ -138,6 +138,7 @@ class FeedbackConfig(Section):
         decay: See `schedule`.
         decay_every: See `schedule`.
         flip: Mirror training images at random; only sound when mirrored images keep their label.
+        loggers: "csv" and "tensorboard" (extra `trackers`), into the run folder.
         workers: Processes that decode images.
         seeds: Repetitions with seeds seed, seed + 1, ...: each with its own validation samples, weights, order and
             noise.
@@ -170,6 +171,7 @@ class FeedbackConfig(Section):
     decay: Share = 0.1
     decay_every: PositiveInt = 7
     flip: bool = False
+    loggers: Annotated[tuple[Literal["csv", "tensorboard"], ...], BeforeValidator(listed)] = ("csv",)
     workers: Annotated[int, Field(ge=0)] = 0
     seeds: PositiveInt = 1
     seed: int = 0

@@ -3,8 +3,8 @@
 from diffrep.heads.attention import AttentionHead, AttentionPool
 from diffrep.heads.conv import ConvHead
 from diffrep.heads.difformer import DifFormer
-from diffrep.heads.feedback import FeedbackNetwork
-from diffrep.heads.head import Head, load_head, save_head
+from diffrep.heads.feedback import FeedbackHead, FeedbackNetwork
+from diffrep.heads.head import Head, load_head, pool_features, save_head
 from diffrep.heads.linear import LinearHead, MLPHead
 from diffrep.heads.matryoshka import MatryoshkaHead, matryoshka_loss
 from diffrep.heads.sparse import TopKSAE
@@ -14,6 +14,7 @@ __all__ = [
     "AttentionPool",
     "ConvHead",
     "DifFormer",
+    "FeedbackHead",
     "FeedbackNetwork",
     "Head",
     "LinearHead",
@@ -22,5 +23,6 @@ __all__ = [
     "TopKSAE",
     "load_head",
     "matryoshka_loss",
+    "pool_features",
     "save_head",
 ]

@@ -39,6 +39,9 @@ class AttentionPool(Head):
         depth: Transformer blocks.
         heads: Attention heads; divides `width`.
         dropout: Dropout in the blocks.
+
+    Raises:
+        ConfigError: `heads` does not divide `width`.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class AttentionPool(Head):
         dropout: float = 0.1,
     ):
         super().__init__()
+        _check_heads(width, heads)
         self.norm = nn.BatchNorm2d(channels, affine=False)
         self.project = nn.Conv2d(channels, width, 1)
         self.positions = nn.Parameter(0.02 * torch.randn(1, size[0] * size[1], width))
@@ -135,8 +139,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, dropout: float = 0.0):
         super().__init__()
-        if dim % heads:
-            raise ConfigError(f"{heads} attention heads do not divide the token width {dim}")
+        _check_heads(dim, heads)
         self.norm1 = nn.LayerNorm(dim)
         self.attn = _Attention(dim, heads, dropout)
         self.norm2 = nn.LayerNorm(dim)
@@ -202,6 +205,11 @@ _PLAIN = {
     "Extract_CLS_Token": _FirstToken,
     "FullyPool": _MeanToken,
 }
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise ConfigError(f"{heads} attention heads do not divide the token width {width}")
 
 
 def _parse(text: str) -> tuple[str, list]:

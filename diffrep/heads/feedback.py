@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from diffrep.backbones import Backbone
 from diffrep.backbones.adm import ADMUNet
 from diffrep.backbones.conditioning import Cond
+from diffrep.config import LevelSpec
 from diffrep.errors import ConfigError, LayerError
-from diffrep.heads.head import Head
+from diffrep.heads.head import Head, class_name, head_class
+from diffrep.noise import mix, sample_noise
 from diffrep.taps import Recorder
 from diffrep.taps.outputs import image_reader
 
@@ -62,17 +64,22 @@ class FeedbackNetwork(nn.Module):
         self.pairs = [(_one(backbone, source), _one(backbone, target)) for source, target in pairs]
         shapes = {layer.name: layer.shape for layer in backbone.layers()}
         _check_pairs(self.pairs, shapes)
-        self.feedback = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(shapes[source][0], shapes[target][0], 1, bias=False),
-                nn.BatchNorm2d(shapes[target][0]),
-                nn.ReLU(),
-            )
-            for source, target in self.pairs
-        )
+        self.feedback = _feedback_layers([(shapes[source][0], shapes[target][0]) for source, target in self.pairs])
         self.to(backbone.device)
         addresses = backbone.addresses(self.read.values())
         self._recorder = _Attached(backbone.network, [addresses[name] for name in self.read.values()])
+
+    @property
+    def trained(self) -> FeedbackHead:
+        """The feedback layers and the head, without the network: what is saved. It shares its weights with this.
+
+        Raises:
+            ConfigError: The head was made of other things than plain JSON values.
+        """
+        channels = [(layer[0].in_channels, layer[0].out_channels) for layer in self.feedback]
+        found = FeedbackHead(class_name(type(self.head)), self.head.arguments, self.read, self.pairs, channels)
+        found.feedback, found.head = self.feedback, self.head
+        return found.train(self.training)
 
     def forward(self, inputs: Inputs, cond: Cond = None) -> torch.Tensor:
         """Returns scores (B, classes).
@@ -169,6 +176,104 @@ class FeedbackNetwork(nn.Module):
         return grid
 
 
+class FeedbackHead(Head):
+    """The trained part of DifFeed: feedback layers, and the head on the second pass of a frozen network.
+
+    The network is no part of it; `attach` puts it on one. State-dict keys are those of `FeedbackNetwork`.
+
+    Args:
+        head: Class of the head, such as "DifFormer".
+        arguments: Its constructor arguments.
+        read: Address that the head reads for each of its names.
+        pairs: (source, target) addresses of the feedback.
+        channels: (source's, target's) channels of each pair.
+
+    Raises:
+        UnknownNameError: There is no such head.
+        ConfigError: Its arguments are not known.
+    """
+
+    live: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        head: str,
+        arguments: dict[str, Any],
+        read: Mapping[str, str],
+        pairs: Sequence[Sequence[str]],
+        channels: Sequence[Sequence[int]],
+    ):
+        super().__init__()
+        if not arguments:
+            raise ConfigError(f"the head {head} was not made of plain JSON values and cannot be saved")
+        self.head = head_class(head)(**arguments)
+        self.feedback = _feedback_layers(channels)
+        self.read, self.pairs = dict(read), [tuple(pair) for pair in pairs]
+
+    def attach(self, backbone: Backbone) -> FeedbackNetwork:
+        """Returns the network with these layers, which are moved to its device and shared.
+
+        Raises:
+            LayerError: The network has not these layers.
+            ConfigError: They have other channels there.
+        """
+        network = FeedbackNetwork(backbone, self.head, self.read, self.pairs)
+        for (source, target), there, here in zip(self.pairs, network.feedback, self.feedback, strict=True):
+            if there[0].weight.shape != here[0].weight.shape:
+                raise ConfigError(
+                    f"feedback from {source} to {target} takes {here[0].in_channels} to {here[0].out_channels} "
+                    f"channels, and {backbone.name} has {there[0].in_channels} and {there[0].out_channels}; load the "
+                    "network that it was trained on"
+                )
+        network.feedback = self.feedback.to(backbone.device)
+        return network.train(self.training)
+
+    def forward(self, *_: Any) -> torch.Tensor:
+        """Cannot score by itself.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("these are the layers without the network: score with head.attach(backbone)")
+
+
+@torch.no_grad()
+def noised_inputs(
+    backbone: Backbone,
+    images: torch.Tensor,
+    levels: Sequence[LevelSpec],
+    ids: Sequence[str] | None = None,
+    draw: int = 0,
+    seed: int = 0,
+    noise: Literal["gaussian", "none"] = "gaussian",
+) -> dict[str, tuple[torch.Tensor, float]]:
+    """Returns what a `FeedbackNetwork` takes: the noised input (B, C, h, w) and the native time of each level.
+
+    Args:
+        backbone: Its codec encodes the images.
+        images: (B, image_channels, H, W) in [0, 1].
+        levels: Noise levels.
+        ids: A stable id for each image, which its noise depends on; None uses the SHA-256 of its values.
+        draw: Index of the noise draw.
+        seed: Seeds the noise, together with id, level and draw.
+        noise: "gaussian" or "none", as in `FeatureRequest`.
+    """
+    if ids is None:
+        from diffrep.extract.extractor import image_digest
+
+        ids = [image_digest(image) for image in images]
+    clean = backbone.codec.encode(images.to(backbone.device)).mean.float()
+    found = {}
+    for level in [backbone.schedule.level(spec) for spec in levels]:
+        x = clean
+        if noise == "gaussian" and level.noise:
+            eps = torch.stack([sample_noise(clean.shape[1:], seed, name, level.key, draw) for name in ids])
+            shares = (torch.full((len(clean),), share).to(clean.device) for share in (level.signal, level.noise))
+            x = mix(clean, eps.to(clean.device), *shares)
+        found[level.key] = x, level.time
+    return found
+
+
 def default_pairs(backbone: Backbone) -> list[tuple[str, str]]:
     """Returns the (source, target) pairs of a U-Net.
 
@@ -218,6 +323,13 @@ class _Attached(Recorder):
         finally:  # the last read ends the pass with an exception
             if first:
                 self._found[index] = tensor.clone()
+
+
+def _feedback_layers(channels: Sequence[Sequence[int]]) -> nn.ModuleList:
+    return nn.ModuleList(
+        nn.Sequential(nn.Conv2d(source, target, 1, bias=False), nn.BatchNorm2d(target), nn.ReLU())
+        for source, target in channels
+    )
 
 
 def _replaced(output: Any, old: torch.Tensor, new: torch.Tensor) -> Any:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.nn import functional as F
 
 from diffrep._version import __version__
 from diffrep.errors import CheckpointError, ConfigError, UnknownNameError
@@ -30,10 +31,12 @@ class Head(nn.Module, PyTorchModelHubMixin):
         about: Facts of how the head came about, plain JSON; `save_head` explains them.
         reads_mapping: Whether `forward` takes a mapping of maps by (layer, level) in place of one tensor.
         applied: How the model card calls the head.
+        live: Whether the head is put on a network and takes images, as the trained part of DifFeed does.
     """
 
     reads_mapping: ClassVar[bool] = False
     applied: ClassVar[str] = "head({features})"
+    live: ClassVar[bool] = False
 
     def __init__(self):
         super().__init__()
@@ -58,22 +61,23 @@ class Head(nn.Module, PyTorchModelHubMixin):
         Raises:
             ConfigError: A constructor argument is no plain JSON value.
         """
-        lost = [name for name in self._hub_mixin_init_parameters if name not in ("self", *self._arguments)]
+        lost = [name for name in self._hub_mixin_init_parameters if name not in ("self", *self.arguments)]
         if lost:
-            raise ConfigError(f"{_name(type(self))} cannot be saved: {', '.join(lost)} must be plain JSON values")
+            raise ConfigError(f"{class_name(type(self))} cannot be saved: {', '.join(lost)} must be plain JSON values")
         # about.json goes first and comes back last: a folder with it is whole.
         (Path(save_directory) / ABOUT).unlink(missing_ok=True)
         return super().save_pretrained(save_directory, **options)
 
     @property
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
+        """The constructor arguments, as they stand in config.json; those that are no plain JSON values are missing."""
         return self._hub_mixin_config or {}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_model(self, str(save_directory / WEIGHTS))
         # Here and not by the mixin, which sorts keys: the order of a DifFormer's layers is the order of its tokens.
-        (save_directory / CONFIG).write_text(json.dumps(self._arguments, indent=2) + "\n")
-        about = {**self.about, "class": _name(type(self)), "diffrep": __version__}
+        (save_directory / CONFIG).write_text(json.dumps(self.arguments, indent=2) + "\n")
+        about = {**self.about, "class": class_name(type(self)), "diffrep": __version__}
         partial = save_directory / f".{ABOUT}.partial"
         partial.write_text(json.dumps(about, indent=2) + "\n")
         os.replace(partial, save_directory / ABOUT)
@@ -83,8 +87,10 @@ class Head(nn.Module, PyTorchModelHubMixin):
         hub = {name: options.pop(name) for name in ("revision", "cache_dir", "force_download", "local_files_only")}
         hub["token"] = options.pop("token")
         about = _read_about(model_id, **hub)
-        if about["class"] != _name(cls):
-            raise CheckpointError(f"{model_id} holds a {about['class']}, not a {_name(cls)}; open it with load_head")
+        if about["class"] != class_name(cls):
+            raise CheckpointError(
+                f"{model_id} holds a {about['class']}, not a {class_name(cls)}; open it with load_head"
+            )
         weights = _find(model_id, WEIGHTS, **hub)
         head = cls(**options)
         try:
@@ -102,9 +108,10 @@ def save_head(head: Head, folder: str | Path, about: dict[str, Any]) -> Path:
         head: The head.
         folder: New or empty folder, or one that holds a head, which is replaced.
         about: Plain JSON facts, all optional: `backbone` (source), what it was asked for in the words of
-            `FeatureRequest` (`layers`, `levels`, `pool`, `draws`, `noise`, ...), `class_names`, `dataset`, `accuracy`,
-            and others of your own. A head that reads one tensor made of several (layer, level) takes them flattened
-            and concatenated, level after level within layer after layer.
+            `FeatureRequest` (`layers`, `levels`, `pool`, `draws`, `noise`, ...), `read_pool` (the side that maps are
+            then averaged to, see `pool_features`), `cond`, `image_size`, `class_names`, `dataset`, `accuracy`, and
+            others of your own. A head that reads one tensor made of several (layer, level) takes them flattened and
+            concatenated, level after level within layer after layer.
 
     Returns:
         The folder.
@@ -119,7 +126,7 @@ def save_head(head: Head, folder: str | Path, about: dict[str, Any]) -> Path:
         about = json.loads(json.dumps(about))
     except TypeError as error:
         raise ConfigError(f"about must hold plain JSON values: {error}") from error
-    head.about = {**about, "class": _name(type(head)), "diffrep": __version__}
+    head.about = {**about, "class": class_name(type(head)), "diffrep": __version__}
     head.save_pretrained(folder)
     model_card(head, str(folder)).save(folder / CARD)
     return folder
@@ -138,10 +145,34 @@ def load_head(source: str | Path, revision: str | None = None, device: str = "cp
         UnknownNameError: Its class is not known here.
     """
     name = _read_about(source, revision=revision)["class"]
-    known = {_name(kind): kind for kind in _subclasses(Head)}
+    return head_class(name).from_pretrained(str(source), revision=revision, map_location=device)
+
+
+def pool_features(features: torch.Tensor, side: int) -> torch.Tensor:
+    """Averages maps (B, C, h, w) to at most `side` cells a side, and tokens (B, N, C) to their mean when it is 1.
+
+    What is pooled comes back in fp32; everything else, vectors among it, as it is.
+    """
+    if features.ndim == 4:
+        return F.adaptive_avg_pool2d(features.float(), [min(side, length) for length in features.shape[-2:]])
+    return features.float().mean(1) if features.ndim == 3 and side == 1 else features
+
+
+def head_class(name: str) -> type[Head]:
+    """Returns the class that a head's about.json names.
+
+    Raises:
+        UnknownNameError: It is not known here.
+    """
+    known = {class_name(kind): kind for kind in _subclasses(Head)}
     if name not in known:
         raise UnknownNameError("head", name, known, "A class of your own must be imported before its head is loaded.")
-    return known[name].from_pretrained(str(source), revision=revision, map_location=device)
+    return known[name]
+
+
+def class_name(kind: type[Head]) -> str:
+    """Returns the class's name, with its module when it is not one of diffrep's, so that none passes for another."""
+    return kind.__name__ if kind.__module__.startswith("diffrep.") else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def flatten(features: torch.Tensor, dim: int) -> torch.Tensor:
@@ -157,11 +188,6 @@ def flatten(features: torch.Tensor, dim: int) -> torch.Tensor:
             "give those that it was made for"
         )
     return flat
-
-
-def _name(kind: type[Head]) -> str:
-    """The class's name; with its module when it is not one of diffrep's, so that none can pass for another."""
-    return kind.__name__ if kind.__module__.startswith("diffrep.") else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _subclasses(kind: type[Head]) -> list[type[Head]]:

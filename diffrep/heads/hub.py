@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from diffrep.heads.head import Head
 
 TASK = "image-classification"
-REQUEST = ("layers", "levels", "draws", "pool", "noise", "posterior", "tokens", "seed")
+REQUEST = ("layers", "levels", "draws", "pool", "noise", "posterior", "tokens", "seed", "dtype")
+READS = "It reads features of a frozen diffusion model, extracted with diffrep"
+SITS = "It sits on a frozen diffusion model, which diffrep loads and which is no part of these files"
 
 
 def model_card(head: Head, source: str) -> ModelCard:
@@ -35,8 +37,8 @@ def model_card(head: Head, source: str) -> ModelCard:
 
 # {kind}
 
-{(type(head).__doc__ or "A head.").splitlines()[0]} It reads features of a frozen diffusion model, extracted with
-diffrep; {sum(parameter.numel() for parameter in head.parameters()):,} parameters.
+{(type(head).__doc__ or "A head.").splitlines()[0]}
+{SITS if head.live else READS}; {sum(parameter.numel() for parameter in head.parameters()):,} parameters.
 
 {_table(head.about)}
 
@@ -75,29 +77,62 @@ def _table(about: dict[str, Any]) -> str:
 
 def _snippet(head: Head, source: str) -> str:
     about = head.about
-    opening = ["from diffrep.heads import load_head", "", f"head = load_head({source!r})"]
+    opening = [f"head = load_head({source!r})"]
+    names = ["load_head"]
     if not {"backbone", "layers", "levels"} <= about.keys():
-        return "\n".join([*opening, f"scores = {head.applied.format(features='features')}"])
+        if head.live:
+            body = ["network = head.attach(backbone)  # the backbone that it was trained on"]
+        else:
+            body = [f"scores = {head.applied.format(features='features')}"]
+        return "\n".join([f"from diffrep.heads import {', '.join(names)}", "", *opening, *body])
+    options = "".join(f", {name}={value!r}" for name, value in about.get("backbone_options", {}).items())
+    opening += [
+        f"backbone = diffrep.load_backbone({about['backbone']!r}{options})",
+        f"side = {about.get('image_size') or 'backbone.image_size'}",
+        "images = torch.rand(2, backbone.image_channels, side, side)  # yours, in [0, 1]",
+    ]
+    imports, cond = [], ""
+    if about.get("cond") is not None:
+        imports, cond = ["from diffrep.extract.job import read_cond"], f"read_cond({about['cond']!r})"
+    if head.live:
+        imports.append("from diffrep.heads.feedback import noised_inputs")
+        body = _on_images(about, cond)
+    else:
+        body = _on_features(head, cond)
+        if about.get("read_pool") is not None:
+            names.append("pool_features")
+    if "class_names" in about:
+        body.append('print([head.about["class_names"][index] for index in scores.argmax(1)])')
+    imports = sorted([*imports, f"from diffrep.heads import {', '.join(names)}"])
+    return "\n".join(["import torch", "", "import diffrep", *imports, "", *opening, *body])
+
+
+def _on_features(head: Head, cond: str) -> list[str]:
+    """Lines that end in the scores of a head on features that a probe read as `Reading` does."""
+    about = head.about
     asked = ", ".join(f"{name}={about[name]!r}" for name in REQUEST if name in about)
     pairs = [(layer, level) for layer in about["layers"] for level in about["levels"]]
-    if head.reads_mapping:
-        features = "features"
-    elif len(pairs) == 1:
-        features = f"features[{pairs[0][0]!r}, {pairs[0][1]!r}]"
-    else:
-        features = f"torch.cat([features[key].flatten(1) for key in {pairs!r}], dim=1)"
     lines = [
-        "import torch",
-        "",
-        "import diffrep",
-        *opening,
-        f"backbone = diffrep.load_backbone({about['backbone']!r})",
         f"request = diffrep.FeatureRequest({asked})",
-        "side = backbone.image_size",
-        "images = torch.rand(2, backbone.image_channels, side, side)  # yours, in [0, 1]",
-        "features = backbone.extract(images, request)",
-        f"scores = {head.applied.format(features=features)}",
+        f"features = backbone.extract(images, request{', cond=' + cond if cond else ''})",
     ]
-    if "class_names" in about:
-        lines.append('print([head.about["class_names"][index] for index in scores.argmax(1)])')
-    return "\n".join(lines)
+    if about.get("read_pool") is not None:
+        lines.append(f"features = {{key: pool_features(features[key], {about['read_pool']}) for key in {pairs!r}}}")
+    if head.reads_mapping:
+        read = "features"
+    elif len(pairs) == 1:
+        read = f"features[{pairs[0][0]!r}, {pairs[0][1]!r}]"
+    else:
+        read = f"torch.cat([features[key].flatten(1) for key in {pairs!r}], dim=1)"
+    return [*lines, f"scores = {head.applied.format(features=read)}"]
+
+
+def _on_images(about: dict[str, Any], cond: str) -> list[str]:
+    """Lines that end in the scores of a head that runs the network itself."""
+    asked = "".join(f", {name}={about[name]!r}" for name in ("seed", "noise") if name in about)
+    return [
+        "network = head.attach(backbone)",
+        f"inputs = noised_inputs(backbone, images, {about['levels']!r}{asked})",
+        "with torch.no_grad():",
+        f"    scores = network(inputs{', ' + cond if cond else ''})",
+    ]

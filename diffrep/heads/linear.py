@@ -90,3 +90,17 @@ class LinearHead(MLPHead):
 
     def __init__(self, dim: int, classes: int, pool: int | None = None, norm: Norm = "standard"):
         super().__init__(dim, classes, (), pool, norm)
+
+    @classmethod
+    def from_fit(cls, mean: torch.Tensor, std: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> LinearHead:
+        """Returns a fitted classifier of standardised features as a head, in eval mode.
+
+        Args:
+            mean: Of the training samples' features (dim,).
+            std: Their standard deviation (dim,).
+            weight: (classes, dim).
+            bias: (classes,).
+        """
+        head = cls(len(mean), len(bias), norm="standard")
+        head.load_state_dict({"mean": mean, "std": std, "fcs.0.weight": weight, "fcs.0.bias": bias})
+        return head.eval()

@@ -2,43 +2,54 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
+from torch import distributed
 from tqdm import tqdm
 
+from diffrep import dist
 from diffrep.backbones import Backbone
 from diffrep.backbones.conditioning import Condition
-from diffrep.config import load_config, read_results, to_plain, to_yaml, write_results
+from diffrep.config import load_config, to_plain, to_yaml, write_results
 from diffrep.config.feedback import FeedbackConfig, FeedbackHeadConfig
 from diffrep.data import open_images
 from diffrep.errors import CheckpointError, ConfigError, DataError
 from diffrep.extract.job import open_backbone, read_cond
 from diffrep.heads.difformer import DifFormer
-from diffrep.heads.feedback import FeedbackNetwork, Inputs, read_names
+from diffrep.heads.feedback import FeedbackHead, FeedbackNetwork, Inputs, noised_inputs, read_names
+from diffrep.heads.head import save_head
 from diffrep.heads.linear import LinearHead
-from diffrep.noise import Level, mix, sample_noise
-from diffrep.probe.feedback_fit import EVALUATION, NAME, Batch, EpochOrder, Rows, collate, fit
+from diffrep.metrics import accuracy
+from diffrep.noise import sample_noise
+from diffrep.probe.feedback_data import Batch, batches_of
 from diffrep.probe.gallery import gallery, save_arrays, thumbnails
 from diffrep.probe.reading import Reading
 from diffrep.probe.scores import Cost, Result, summarise
 from diffrep.probe.task import LabelledImages, Task, make_task
+from diffrep.probe.trained_data import Order
 from diffrep.report import write_report
 from diffrep.store.layout import read_json, write_json, write_whole
 
+NAME = "DifFeed"
+# The noise draw of evaluation; training epoch e, from 0, draws noise e + 1.
+EVALUATION = 0
 # Keys that may differ between a run and its resume; `epochs` too, so that a run can be drawn out.
-FREE_KEYS = ("out", "epochs", "workers")
+FREE_KEYS = ("out", "epochs", "workers", "loggers")
+# Of the backbone's settings, those that a card needs to open it again.
+OPTIONS = ("family", "config", "codec", "schedule", "revision")
 
 
 def run_feedback(config: FeedbackConfig, backbone: Backbone | None = None) -> dict[str, Any]:
     """Trains DifFeed, or goes on with the run in `config.out`, and scores the test samples once.
 
-    Writes `config.yaml`, `results.json`, `arrays.npz`, `report.html`, `head-feedback-seed-S.safetensors` (the feedback
-    layers and the head) and, in `seed-S/`, checkpoints and `logs/`.
+    Writes `config.yaml`, `results.json`, `arrays.npz`, `report.html`, the trained parts with their model cards,
+    `heads/DifFeed-seed-S/`, and, in `seed-S/`, checkpoints and logs. Processes share the samples of each step and of
+    each evaluation; only the main process writes, and the others return nothing.
 
     Args:
         config: What to train.
@@ -51,11 +62,15 @@ def run_feedback(config: FeedbackConfig, backbone: Backbone | None = None) -> di
         ConfigError: The parts of the config do not go together, or the folder holds another run.
         DataError: The labels do not allow it, or an image cannot be read.
         CheckpointError: The last checkpoint cannot be read.
+        DiffrepError: The loss is not finite.
+        BackendUnavailable: A logger's package is not installed.
     """
     run = FeedbackRun(config, backbone)
     out = run.out
     _claim(run)
     runs = [run.train(seed) for seed in run.seeds]
+    if not dist.state().is_main_process:
+        return {}
     result, metrics = run.result(runs)
     write_results(out, config, config.seed, metrics)
     rows = list(dict.fromkeys(row for group in metrics["gallery"] for row in group["rows"]))
@@ -78,21 +93,15 @@ def open_feedback(folder: str | Path, seed: int | None = None, backbone: Backbon
     """
     folder = Path(folder)
     config = load_config(FeedbackConfig, [folder / "config.yaml"])
-    file = weights_file(folder, config.seed if seed is None else seed)
-    if not file.exists():
-        raise CheckpointError(f"no {file}; 'diffrep feedback' writes it at the end of a run")
-    metrics = read_results(folder)["metrics"]
-    shapes = {layer["name"]: tuple(layer["shape"]) for layer in metrics["layers"]}
-    levels = [level["key"] for level in metrics["levels"]]
-    head = make_head(config.head, shapes, levels, metrics["samples"]["classes"])
-    network = FeedbackNetwork(backbone or open_backbone(config.backbone), head, config.read, config.pairs)
-    network.load_state_dict(load_file(file))
-    return network.eval()
+    stored = head_folder(folder, config.seed if seed is None else seed)
+    if not stored.exists():
+        raise CheckpointError(f"no {stored}; 'diffrep feedback' writes it once the seed is trained")
+    return FeedbackHead.from_pretrained(str(stored)).attach(backbone or open_backbone(config.backbone))
 
 
-def weights_file(folder: Path, seed: int) -> Path:
-    """Returns the path of a seed's trained weights in a run folder."""
-    return folder / f"head-feedback-seed-{seed}.safetensors"
+def head_folder(folder: Path, seed: int) -> Path:
+    """Returns where a run keeps what it trained with a seed."""
+    return folder / "heads" / f"{NAME}-seed-{seed}"
 
 
 def make_head(
@@ -129,8 +138,16 @@ class FeedbackRun:
     """
 
     def __init__(self, config: FeedbackConfig, backbone: Backbone | None = None):
+        state = dist.state()  # before the backbone, which goes to this process's device
         self.config, self.out = config, Path(config.out)
         self.backbone = backbone = backbone or open_backbone(config.backbone)
+        # CPUs are one device, whatever number a process gives its own.
+        own = "cpu" if state.device.type == "cpu" else str(state.device)
+        if state.num_processes > 1 and str(backbone.device) != own:
+            raise ConfigError(
+                f"the backbone is on {backbone.device}, and this process has {own}; leave backbone.device "
+                "at auto when there are several processes"
+            )
         if backbone.dtype == torch.float16:
             raise ConfigError(
                 "gradients that pass through a float16 network underflow; use backbone.dtype=bfloat16 or float32"
@@ -143,6 +160,7 @@ class FeedbackRun:
         labelled = LabelledImages(self.images, config.data.path)
         self.ids, self.seeds = labelled.ids, [config.seed + number for number in range(config.seeds)]
         self.tasks = [make_task(labelled, config, seed) for seed in self.seeds]
+        self._check_steps(state.num_processes)
         self.levels = [backbone.schedule.level(spec) for spec in config.levels]
         if len({level.key for level in self.levels}) < len(self.levels):
             raise ConfigError(f"levels names one level twice: {', '.join(level.key for level in self.levels)}")
@@ -175,20 +193,8 @@ class FeedbackRun:
         ids = [self.ids[row] for row in rows.tolist()]
         if flip:
             mirrored = torch.cat([sample_noise((1,), seed, name, "all", draw, "flip") for name in ids]) > 0
-            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-        with torch.no_grad():
-            clean = self.backbone.codec.encode(images.to(self.backbone.device)).mean.float()
-        return {level.key: (self._noised(clean, level, ids, draw, seed), level.time) for level in self.levels}
-
-    def loader(self, rows: np.ndarray, order_seed: int | None = None) -> DataLoader:
-        """Returns a loader of rows of the image set, in their order, or shuffled anew every epoch."""
-        images, workers = Rows(self.images, rows), self.config.workers
-        sampler = None if order_seed is None else EpochOrder(len(rows), order_seed)
-        # Batch norm, in the feedback layers, has no statistics of one image.
-        alone = order_seed is not None and len(rows) % self.config.batch_size == 1
-        return DataLoader(
-            images, self.config.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=alone
-        )
+            images = torch.where(mirrored.view(-1, 1, 1, 1).to(images.device), images.flip(-1), images)
+        return noised_inputs(self.backbone, images, self.config.levels, ids, draw, seed, self.config.noise)
 
     def train(self, seed: int) -> tuple[float, torch.Tensor]:
         """Trains with one seed, saves the weights of its best epoch and scores them.
@@ -198,28 +204,48 @@ class FeedbackRun:
         Returns:
             Validation accuracy and test scores (M, classes).
         """
-        folder, weights = self.out / f"seed-{seed}", weights_file(self.out, seed)
+        from diffrep.probe.feedback_fit import fit  # Lightning takes seconds to import
+
+        state, folder = dist.state(), self.out / f"seed-{seed}"
         done = folder / "done.json"
         if done.exists() and read_json(done)["epochs"] == self.config.epochs:
             return read_json(done)["val"], load_file(folder / "scores.safetensors")["scores"]
         task, network = self.tasks[self.seeds.index(seed)], self.network(seed)
-        loaders = self.loader(task.train, order_seed=seed), self.loader(task.val)
-        val = fit(self, network, seed, loaders, folder)
-        scores = self.scores(network, task.test, seed)
-        save_file({name: value.cpu().contiguous() for name, value in network.state_dict().items()}, weights)
-        save_file({"rows": torch.from_numpy(task.test), "scores": scores}, folder / "scores.safetensors")
-        write_json(done, {"epochs": self.config.epochs, "val": val})
-        return val, scores
+        best = fit(self, network, task, seed, folder)
+        gc.collect()  # a DDP wrapper alive at exit can abort the process
+        scores = self.scores(network, task.test, seed, "test")
+        if state.is_main_process:
+            save_head(network.trained.cpu(), head_folder(self.out, seed), self._about(task, seed, scores, best))
+            save_file({"rows": torch.from_numpy(task.test), "scores": scores}, folder / "scores.safetensors")
+            write_json(done, {"epochs": self.config.epochs, "val": best["val"]})
+        state.wait_for_everyone()
+        return best["val"], scores
 
     @torch.no_grad()
-    def scores(self, network: FeedbackNetwork, rows: np.ndarray, seed: int) -> torch.Tensor:
-        """Scores samples, each once: (M, classes) in the order of `rows`."""
+    def scores(self, network: FeedbackNetwork, rows: np.ndarray, seed: int, title: str | None = None) -> torch.Tensor:
+        """Scores samples, each once, and returns (M, classes) fp32 in the order of `rows`, on every process.
+
+        The processes share batches that do not depend on their number, and write to the samples' own places.
+
+        Args:
+            network: In whatever mode; it is scored in eval mode.
+            rows: The samples.
+            seed: Of the noise.
+            title: Of a progress bar; None shows none.
+        """
+        state, size = dist.state(), self.config.batch_size
+        starts = range(state.process_index * size, len(rows), state.num_processes * size)
+        loader = batches_of(self.images, [rows[start : start + size] for start in starts], self.config.workers)
+        hidden = title is None or not state.is_main_process
+        found = torch.zeros(len(rows), self.task.classes, device=self.backbone.device)
+        was_training = network.training
         network.eval()
-        found = {}
-        for batch in tqdm(self.loader(rows), "test", unit="batch"):
-            scores = network(self.inputs(batch, EVALUATION, seed), self.cond).float().cpu()
-            found.update(zip(batch[0].tolist(), scores, strict=True))
-        return torch.stack([found[row] for row in rows.tolist()])
+        for start, batch in zip(starts, tqdm(loader, title, unit="batch", disable=hidden), strict=True):
+            found[start : start + size] = network(self.inputs(batch, EVALUATION, seed), self.cond).float()
+        network.train(was_training)
+        if state.num_processes > 1:
+            distributed.all_reduce(found)  # each place is zero on all processes but one
+        return found.cpu()
 
     def result(self, runs: list[tuple[float, torch.Tensor]]) -> tuple[Result, dict[str, Any]]:
         """Returns the score and the metrics of results.json, whose keys are a probe's.
@@ -259,16 +285,43 @@ class FeedbackRun:
             "notes": [],
         }
 
-    def _noised(self, clean: torch.Tensor, level: Level, ids: list[str], draw: int, seed: int) -> torch.Tensor:
-        if self.config.noise == "none" or not level.noise:
-            return clean
-        eps = torch.stack([sample_noise(clean.shape[1:], seed, name, level.key, draw) for name in ids])
-        signal, noise = (torch.full((len(clean),), value).to(clean.device) for value in (level.signal, level.noise))
-        return mix(clean, eps.to(clean.device), signal, noise)
+    def _check_steps(self, processes: int) -> None:
+        size = self.config.batch_size
+        if size % processes:
+            raise ConfigError(f"batch_size {size} does not divide among {processes} processes")
+        smallest = min(Order(task.train, size, 0).smallest for task in self.tasks)
+        # Batch norm wants two samples, and each process one.
+        if smallest < max(2, processes):
+            raise ConfigError(
+                f"{len(self.task.train)} training samples in steps of {size} leave a step of {smallest}, which is too "
+                f"few for batch norm and {processes} process{'es' if processes > 1 else ''}; take another batch_size"
+            )
+
+    def _about(self, task: Task, seed: int, scores: torch.Tensor, best: dict[str, Any]) -> dict[str, Any]:
+        """Returns the facts that stand beside a saved head."""
+        config, plain = self.config, to_plain(self.config)
+        options = {name: plain["backbone"][name] for name in OPTIONS if plain["backbone"].get(name) is not None}
+        facts = {
+            "backbone": config.backbone.source,
+            "backbone_options": options,
+            "layers": list(self.shapes),
+            "levels": [level.key for level in self.levels],
+            "noise": config.noise,
+            "seed": seed,
+            "cond": config.cond,
+            "image_size": config.data.size,
+            "dataset": Path(config.data.path).name,
+            "best_epoch": best["epoch"],
+            "epochs_run": best["epochs"],
+            "accuracy": accuracy(scores.argmax(1), task.labels[task.test]),
+            "class_names": self.images.classes,
+        }
+        return {name: value for name, value in facts.items() if value not in (None, {})}
 
 
 def _claim(run: FeedbackRun) -> None:
     """Takes the run folder, or refuses it where another run, other images or other weights are at home."""
+    state = dist.state()
     out, stored = run.out, run.out / "config.json"
     plain = to_plain(run.config) | {"images": run.images.fingerprint(), "weights": run.backbone.weights_hash}
     if stored.exists():
@@ -284,5 +337,8 @@ def _claim(run: FeedbackRun) -> None:
                 f"the run in {out} was to have {before['epochs']} epochs, and epochs={run.config.epochs} would choose "
                 "among them all the same; use another out"
             )
-    write_json(stored, plain)
-    write_whole(out / "config.yaml", to_yaml(run.config).encode())
+    state.wait_for_everyone()  # all have looked before one writes
+    if state.is_main_process:
+        write_json(stored, plain)
+        write_whole(out / "config.yaml", to_yaml(run.config).encode())
+    state.wait_for_everyone()

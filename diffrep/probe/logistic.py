@@ -65,16 +65,9 @@ class LogisticPath:
         return torch.einsum("nd,sdk->snk", x, self.weights[:, :-1]) + self.weights[:, -1:]
 
     def head(self, index: int) -> LinearHead:
-        """Returns the classifier of one penalty as a module."""
-        head = LinearHead(len(self.mean), self.weights.shape[-1])
-        state = {
-            "mean": self.mean,
-            "std": self.std,
-            "fcs.0.weight": self.weights[index, :-1].T,
-            "fcs.0.bias": self.weights[index, -1],
-        }
-        head.load_state_dict(state)
-        return head
+        """Returns the classifier of one penalty as a module, in eval mode."""
+        weights = self.weights[index]
+        return LinearHead.from_fit(self.mean, self.std, weights[:-1].T, weights[-1])
 
 
 def standardisation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

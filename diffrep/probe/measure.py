@@ -26,9 +26,10 @@ class Measure:
     def __call__(self, scores: torch.Tensor, labels: torch.Tensor) -> float:
         """Measures scores (M, K) against labels (M,), or (M, K) 0 or 1.
 
-        Scores that are not finite, as of a head whose training diverged, are worth nothing: they give minus infinity.
+        Scores that hold NaN or infinity, as of a head whose training diverged, are worth nothing: they give minus
+        infinity. Minus infinity is a score, of classes that a head has not seen.
         """
-        if not torch.isfinite(scores).all():
+        if scores.isnan().any() or scores.isposinf().any():
             return float("-inf")
         if self.name == "map":
             return mean_average_precision(scores, labels).mean

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch.nn import functional as F
 
 from diffrep.config import ProbeConfig
 from diffrep.errors import ConfigError, DiffrepError
+from diffrep.heads import pool_features
 from diffrep.store import FeatureStore
 
 ALL_LAYERS, ALL_LEVELS = "all layers", "all levels"
@@ -69,12 +69,7 @@ def check_finite(features: torch.Tensor, name: str) -> None:
 
 def pooled(features: torch.Tensor, pool: int | None) -> torch.Tensor:
     """Pools maps (n, C, h, w) to at most `pool` cells a side, tokens (n, T, C) to their mean for 1; flattens, fp32."""
-    features = features.float()
-    if pool is not None and features.ndim == 4:
-        features = F.adaptive_avg_pool2d(features, [min(pool, side) for side in features.shape[-2:]])
-    elif pool == 1 and features.ndim == 3:
-        features = features.mean(1)
-    return features.flatten(1)
+    return (features if pool is None else pool_features(features, pool)).float().flatten(1)
 
 
 def readings(store: FeatureStore, config: ProbeConfig) -> list[Reading]:

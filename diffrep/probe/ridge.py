@@ -50,13 +50,5 @@ class RidgePath:
         return torch.einsum("nd,sdk->snk", x, self.weights) + self.bias
 
     def head(self, index: int) -> LinearHead:
-        """Returns the classifier of one penalty as a module."""
-        head = LinearHead(len(self.mean), len(self.bias), norm="standard")
-        state = {
-            "mean": self.mean,
-            "std": self.std,
-            "fcs.0.weight": self.weights[index].T,
-            "fcs.0.bias": self.bias,
-        }
-        head.load_state_dict(state)
-        return head.eval()
+        """Returns the classifier of one penalty as a module, in eval mode."""
+        return LinearHead.from_fit(self.mean, self.std, self.weights[index].T, self.bias)

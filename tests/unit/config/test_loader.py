@@ -2,15 +2,19 @@ from pathlib import Path
 
 import pytest
 
+from diffrep.cli.validate import SCHEMAS as VERBS
 from diffrep.config import (
     ExtractConfig,
     FeatureRequest,
+    FeedbackConfig,
     ProbeConfig,
     SearchConfig,
     TrainConfig,
     VtabConfig,
     load_config,
     to_plain,
+    to_yaml,
+    validate,
 )
 from diffrep.errors import ConfigError
 
@@ -109,14 +113,62 @@ SCHEMAS = {
     "extract": (ExtractConfig, ["data=X", "out=Y"]),
     "probe": (ProbeConfig, ["store=X"]),
     "search": (SearchConfig, ["backbone=B", "data=X", "out=Y"]),
+    "feedback": (FeedbackConfig, ["backbone=B", "data=X", "out=Y", "levels=[90]", "read=[up_blocks.1]"]),
     "vtab": (VtabConfig, ["backbone=B", "data=X", "out=Y"]),
     "train": (TrainConfig, ["data=X", "out=Y"]),
 }
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_shipped_configs(file):
-    schema, words = SCHEMAS[file.parent.name]
-    if file.name == "fashion_full.yaml" and file.parent.name == "probe":
-        words = [*words, "trained.attention.store=Z"]
-    load_config(schema, [file], words)
+SHIPPED = [(file.parent.name, file) for file in sorted(CONFIGS.rglob("*.yaml"))]
+WORDS = {"fashion_full.yaml": ["trained.attention.store=Z"]}
+
+
+def read_back(config, folder):
+    """Loads the file that a run folder gets."""
+    file = folder / "resolved.yaml"
+    file.write_text(to_yaml(config))
+    return load_config(type(config), [file])
+
+
+@pytest.mark.parametrize(("verb", "file"), SHIPPED, ids=[f"{verb}/{file.stem}" for verb, file in SHIPPED])
+def test_shipped_configs_load_and_can_be_read_back(verb, file, tmp_path):
+    schema, words = SCHEMAS[verb]
+    config = load_config(schema, [file], words + (WORDS.get(file.name, []) if verb == "probe" else []))
+    assert read_back(config, tmp_path) == config
+
+
+def test_every_verb_has_its_schema_here():
+    assert SCHEMAS.keys() == VERBS.keys() == CHANGES.keys()
+    for verb, (schema, _) in SCHEMAS.items():
+        assert schema.__name__ == VERBS[verb]
+
+
+# Values that are not the defaults, of every type that a key can have.
+CHANGES = {
+    "extract": [
+        "backbone.config={precond: vp, channels: 16}", "data.splits=train", "data.limit={train: 5}",
+        "data.label_key=[a,b]", "request.layers=blocks", "request.levels=[1,0.42,sigma=0.7,clean@-1]",
+        "request.pool=4", "cond=a photo", "on_error=skip",
+    ],
+    "probe": [
+        "data=X", "data.limit=7", "val_split=val", "test_split=null", "pools=[stored,2]", "strengths=[1e-5,3]",
+        "trained.mine.kind=mlp", "trained.mine.levels=[5,sigma=0.7]", "low_data={}", "low_data.heads=[knn]",
+        "baselines=[pixels]",
+    ],
+    "search": ["request.levels=[5]", "rungs=[50,200]", "probe.low_data={}", "probe.val_split=val", "ranking=none"],
+    "vtab": [
+        "request.layers=blocks", "request.levels=[5]", "data.size=64", "tasks=[dtd,cifar]", "probe.heads=[ncm]",
+        "cond=3",
+    ],
+    "feedback": ["pairs=[[up_blocks.0,down_blocks.1],[a,b]]", "head.kind=linear", "lr=1e-5", "test_split=null"],
+    "train": ["model.args={sample_size: 32, norm: null}", "data.splits=train", "steps=3", "clip=0.5"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", CHANGES)
+def test_changed_configs_can_be_read_back(verb, tmp_path):
+    schema, words = SCHEMAS[verb]
+    words = ["backbone=B", *words] if verb == "extract" else words
+    config = load_config(schema, [], words + CHANGES[verb])
+    assert read_back(config, tmp_path) == config
+    assert validate(schema, to_plain(config)) == config

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from diffrep import FeatureRequest
 from diffrep.errors import ConfigError, LayerError
+from diffrep.heads import load_head, save_head
 from diffrep.heads.attention import AttentionPool
 from diffrep.heads.difformer import DifFormer
-from diffrep.heads.feedback import FeedbackNetwork, default_pairs
+from diffrep.heads.feedback import FeedbackNetwork, default_pairs, noised_inputs
 from diffrep.heads.linear import LinearHead
 from diffrep.testing import tiny_backbone
 
@@ -114,6 +116,43 @@ def test_only_feedback_and_head_are_saved(case):
     assert {key.split(".")[1] for key in keys if key.startswith("feedback")} == {"0", "1"}
     assert "feedback.0.0.weight" in keys
     assert "feedback.0.0.bias" not in keys
+
+
+def test_the_trained_part_is_saved_and_attached(case, tmp_path):
+    backbone, read, cond, x = case
+    network = make(backbone, read)
+    network({"t=90": (x, 90)}, cond)  # statistics of batch norm that are not the first ones
+    network.eval()
+    folder = save_head(network.trained, tmp_path / "head", {"accuracy": 0.5})
+    assert "head.attach(backbone)" in (folder / "README.md").read_text()
+    head = load_head(folder)
+    assert head.state_dict().keys() == network.state_dict().keys()
+    again = head.attach(backbone)
+    assert not again.training
+    torch.testing.assert_close(again({"t=90": (x, 90)}, cond), network({"t=90": (x, 90)}, cond))
+    assert again.feedback[0][0].weight is head.feedback[0][0].weight
+    with pytest.raises(ConfigError, match="without the network"):
+        head(x)
+
+
+def test_a_trained_part_fits_its_own_network(tmp_path):
+    backbones = [tiny_backbone(kind, tmp_path / kind) for kind in ("unet2d", "adm")]
+    head = make(backbones[0], "up_blocks.0").trained
+    with pytest.raises(LayerError, match="up_blocks"):
+        head.attach(backbones[1])
+    head.feedback[0][0] = torch.nn.Conv2d(3, 5, 1, bias=False)
+    with pytest.raises(ConfigError, match="takes 3 to 5 channels"):
+        head.attach(backbones[0])
+
+
+def test_noised_inputs_are_those_of_an_extraction(unet):
+    images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    request = FeatureRequest(layers=["mid_block"], levels=[5, 50], seed=3, dtype="float32")
+    features = unet.extract(images, request)
+    for level, (x, time) in noised_inputs(unet, images, [5, 50], seed=3).items():
+        torch.testing.assert_close(unet.capture(x, time, ["mid_block"])["mid_block"], features["mid_block", level])
+    clean = noised_inputs(unet, images, [5, 50], noise="none")
+    torch.testing.assert_close(clean["t=5"][0], clean["t=50"][0])
 
 
 def test_several_layers_and_levels(case):

@@ -21,6 +21,7 @@ from diffrep.heads import (
     MLPHead,
     load_head,
     matryoshka_loss,
+    pool_features,
     save_head,
 )
 
@@ -347,6 +348,32 @@ def test_matryoshka_loss_is_a_weighted_sum():
             MatryoshkaHead(16, 3, nesting)
     with pytest.raises(ConfigError, match="beyond the 16 values"):
         MatryoshkaHead(16, 3, [4, 32])
+
+
+def test_attention_heads_divide_the_width():
+    for make in (
+        lambda: AttentionPool(6, (4, 5), 3, width=10, heads=4),
+        lambda: DifFormer(LAYERS, LEVELS, 3, width=10, heads=4),
+    ):
+        with pytest.raises(ConfigError, match="4 attention heads do not divide the token width 10"):
+            make()
+
+
+def test_a_fitted_classifier_becomes_a_head():
+    mean, std, weight, bias = noise(5), noise(5).abs() + 1, noise(3, 5), noise(3)
+    head, x = LinearHead.from_fit(mean, std, weight, bias), noise(4, 5, seed=1)
+    assert not head.training
+    torch.testing.assert_close(head(x), (x - mean) / std @ weight.T + bias)
+
+
+def test_pooling_makes_no_cells_up():
+    maps, tokens = noise(2, 3, 4, 1), noise(2, 5, 3)
+    pooled = pool_features(maps.half(), 2)
+    assert (pooled.shape, pooled.dtype) == ((2, 3, 2, 1), torch.float32)
+    torch.testing.assert_close(pooled, maps.half().float().unflatten(2, (2, 2)).mean(3))
+    torch.testing.assert_close(pool_features(tokens, 1), tokens.mean(1))
+    assert pool_features(tokens, 2) is tokens
+    assert pool_features(tokens[:, 0], 1).shape == (2, 3)
 
 
 # Saving ---------------------------------------------------------------------------------------------------------

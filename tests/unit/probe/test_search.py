@@ -24,12 +24,13 @@ from diffrep.testing import tiny_backbone
 
 LAYERS = ["conv_in", "down_blocks.0", "mid_block", "up_blocks.1"]
 LEVELS = [5, 300, 900]
+DATA = {"path": "fashion-demo", "size": 16, "limit": {"train": 180, "test": 40}}
 
 
 def make(folder, out, **changes):
     values = {
         "backbone": str(folder),
-        "data": {"path": "fashion-demo", "size": 16, "limit": {"train": 180, "test": 40}},
+        "data": DATA,
         "request": {"layers": LAYERS, "levels": LEVELS, "pool": 4, "dtype": "float32"},
         "out": str(out),
         "first": 50,
@@ -90,6 +91,10 @@ def test_rungs_may_be_given():
     assert config.request.layers == ("blocks",)
     assert ladder(config, 16, 400) == [Rung(50, 16, 8), Rung(60, 8, 4)]
     assert ladder(config, 100, 400) == [Rung(50, 100, 50), Rung(60, 50, 25), Rung(400, 25, 4)]
+    assert validate(SearchConfig, values | {"first": 500}) == config, "rungs win over the first of a config file"
+    values["rungs"] = None
+    assert validate(SearchConfig, values).first == validate(SearchConfig, values | {"first": None}).first == 1000
+    assert ladder(validate(SearchConfig, values | {"first": 70}), 16, 400)[0] == Rung(70, 16, 8)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -302,7 +307,7 @@ def test_an_unreadable_image_can_be_skipped(unet_folder, image_folder, tmp_path)
     folder = shutil.copytree(image_folder, tmp_path / "images")
     (folder / "train" / "class1" / "2.png").write_bytes(b"no image")
     changes = {"data": str(folder), "rungs": [16], "request": {"layers": LAYERS[:2], "levels": [5, 300], "pool": 2}}
-    values = make(unet_folder, tmp_path / "a", on_error="skip", keep=2).model_dump(exclude={"first"}) | changes
+    values = make(unet_folder, tmp_path / "a", on_error="skip", keep=2).model_dump() | changes
     metrics = run_search(validate(SearchConfig, values))
     assert metrics["samples"]["train"] + metrics["samples"]["val"] == 17
     with pytest.raises(DataError, match="2.png"):
@@ -317,7 +322,14 @@ def test_an_unreadable_image_can_be_skipped(unet_folder, image_folder, tmp_path)
         ({"keep": 12}, r"keep=12 would keep the whole grid of 12 cells"),
         ({"request": {"layers": "mid_block", "levels": 5}}, r"one layer at one level"),
         ({"factor": 1}, r"factor: Input should be greater than or equal to 2"),
-        ({"rungs": [50, 50]}, r"'rungs' names the samples"),
+        ({"rungs": [50, 50]}, r"rungs must rise"),
+        ({"rungs": []}, r"rungs: .* at least 1 item"),
+        (
+            {"data": DATA | {"splits": ["train"]}},
+            r"data\.splits is \['train'\], and .* reads \['train', 'test'\]",
+        ),
+        ({"data": DATA | {"splits": ["train", "test"]}, "ranking": "only"}, r"this search reads \['train'\]"),
+        ({"data": DATA | {"limit": {"trian": 180}}}, r"unknown split in data.limit 'trian'"),
         ({"head": "attention"}, r"head: Input should be 'logistic', 'ridge' or 'knn'"),
         ({"head": "knn", "probe": {"neighbours": 50, "missing": "allow"}}, r"k=50 needs as many.*has 39"),
         ({"probe": {"store": "x"}}, r"probe\.store is the search's own"),
@@ -332,10 +344,12 @@ def test_mistakes_are_told_before_any_work(unet_folder, tmp_path, changes, messa
     assert not (tmp_path / "out").exists()
 
 
-def test_rungs_must_rise():
-    values = {"backbone": "b", "data": "d", "out": "o", "request": {"levels": [5]}, "rungs": [50, 50]}
-    with pytest.raises(ConfigError, match="rungs must rise"):
-        validate(SearchConfig, values)
+def test_splits_that_the_roles_name_too_are_taken(unet_folder, tmp_path):
+    search = Search(make(unet_folder, tmp_path, data=DATA | {"splits": ["test", "train"]}))
+    assert {name: len(rows) for name, rows in search.images.splits.items()} == {"train": 180, "test": 40}
+    # Nothing of a split that a ranking without labels does not read is opened, nor is its limit a mistake.
+    search = Search(make(unet_folder, tmp_path, ranking="only"))
+    assert {name: len(rows) for name, rows in search.images.splits.items()} == {"train": 180}
 
 
 def test_features_that_are_not_finite_end_it(tmp_path):

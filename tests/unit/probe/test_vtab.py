@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,13 +14,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from diffrep import load_backbone
 from diffrep.cli import vtab as verb
 from diffrep.config import load_config
 from diffrep.config.vtab import VtabConfig
 from diffrep.data.vtab import TASKS
 from diffrep.errors import ConfigError, DataError, LayerError, UnknownNameError
+from diffrep.extract.job import open_backbone
 from diffrep.probe.run import NAMES
-from diffrep.probe.vtab import run_vtab, table
+from diffrep.probe.vtab import check_vtab, run_vtab, table, unfinished
 from diffrep.store import FeatureStore
 
 SPECIALIZED = ("patch_camelyon", "eurosat", "resisc45", "diabetic_retinopathy")
@@ -187,6 +190,26 @@ def test_other_settings_are_refused(finished, make, unet, root):
     with pytest.raises(ConfigError, match=r"other settings \(request.levels: \[1, 300\] there, \[5\] now\)"):
         run_vtab(other, unet)
     assert json.loads((out / "results.json").read_text())["metrics"] == metrics
+
+
+def test_other_weights_are_refused(finished, unet, unet_folder, root, tmp_path):
+    """The source may be the same folder whose weights were trained on: a table of both would be of neither."""
+    config, metrics, out = finished
+    shutil.copytree(out, tmp_path / "run")
+    other = load_backbone(unet_folder, device="cpu")
+    other.network.conv_in.bias.data += 1
+    mixed = config.model_copy(update={"out": str(tmp_path / "run")})
+    (tmp_path / "run" / "eurosat" / "done.json").unlink()
+    before = unet.weights_hash
+    with pytest.raises(ConfigError, match=rf"\(weights: {before} there, {other.weights_hash} now\); use another out"):
+        run_vtab(mixed, other)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["metrics"] == metrics
+    # A plan reads no weights, and compares the rest.
+    light = open_backbone(config.backbone.model_copy(update={"device": "meta"}))
+    assert list(check_vtab(mixed, unfinished(mixed), light)) == ["eurosat"]
+    with pytest.raises(ConfigError, match=r"other settings \(cond: None there, 3 now\)"):
+        check_vtab(mixed.model_copy(update={"cond": 3}), ["eurosat"], light)
+    assert run_vtab(mixed, unet) == metrics
 
 
 def test_missing_folders(make, unet, root, tmp_path):
