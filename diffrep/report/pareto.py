@@ -9,6 +9,8 @@ from diffrep.report.axes import Axis, log_axis, log_ticks, score_axis, score_tic
 from diffrep.report.formats import flops, forwards, percent, short, size
 from diffrep.report.heat import describe
 
+# Widths that the labels take, in pixels.
+LABEL = {"best": 40, "within one point": 115}
 POINT = 0.01
 WIDE, NARROW = (520, 334), (372, 290)  # width and height
 BELOW = 0.35  # of the frontier's span: how far below it cells are drawn
@@ -85,8 +87,10 @@ def _drawing(
         "below": len(cells) - len(shown),
         "edge": steps,
         "stairs": " ".join(stairs),
-        "best": _mark(drawn(best), "best", left, right),
-        "cheap": None if cheap is best else _mark(drawn(cheap), "within one point", left, right),
+        "best": _mark(drawn(best), "best", right - drawn(best)["x"] < LABEL["best"]),
+        "cheap": None
+        if cheap is best
+        else _mark(drawn(cheap), "within one point", drawn(cheap)["x"] - left > LABEL["within one point"]),
         "within": up.at(max(best["val"] - POINT, up.low)),
         "x": log_ticks(across, short if key == "flops" else text),
         "y": score_ticks(up),
@@ -135,7 +139,6 @@ def savings(best: dict[str, Any], cheap: dict[str, Any]) -> str:
     return " but ".join(words + more)
 
 
-def _mark(point: dict[str, Any], text: str, left: float, right: float) -> dict[str, Any]:
-    """Adds a label, on the side of the point where there is room."""
-    flip = point["x"] > (left + right) / 2
-    return {**point, "text": text, "anchor": "end" if flip else "start", "shift": -10 if flip else 10}
+def _mark(point: dict[str, Any], text: str, before: bool) -> dict[str, Any]:
+    """Adds a label before or behind the point: the cheap one before, the best one behind, where there is room."""
+    return {**point, "text": text, "anchor": "end" if before else "start", "shift": -10 if before else 10}
