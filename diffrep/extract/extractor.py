@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from diffrep.config import FeatureRequest, LevelSpec
 from diffrep.errors import ConfigError, DiffrepError
 from diffrep.extract.features import Features
 from diffrep.extract.plan import Plan, make_plan
-from diffrep.noise import Level, mix, sample_noise
+from diffrep.noise import Level, image_digest, mix, sample_noise
 
 if TYPE_CHECKING:
     from diffrep.backbones import Backbone, Posterior
@@ -197,12 +196,6 @@ def extract(
         DiffrepError: A feature is not finite.
     """
     return Extractor(backbone, request, batch_size)(images, ids, cond, noise, posterior_noise)
-
-
-def image_digest(image: torch.Tensor) -> str:
-    """Returns the id of an image (C, H, W) that has no other: the SHA-256 of its values."""
-    content = image.detach().cpu().contiguous().view(torch.uint8)  # numpy has no bfloat16
-    return hashlib.sha256(content.numpy().tobytes()).hexdigest()
 
 
 class _Draws:

@@ -19,8 +19,9 @@ from diffrep.config.schema import PathText, Section
 from diffrep.data import Transform
 from diffrep.data.images import decode
 from diffrep.errors import BackendUnavailable, ConfigError, DataError, DiffrepError
-from diffrep.extract.extractor import Extractor, image_digest
+from diffrep.extract.extractor import Extractor
 from diffrep.extract.features import Features
+from diffrep.noise import image_digest
 
 try:
     from sklearn.base import BaseEstimator, TransformerMixin

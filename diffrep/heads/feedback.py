@@ -16,7 +16,7 @@ from diffrep.backbones.conditioning import Cond
 from diffrep.config import LevelSpec
 from diffrep.errors import ConfigError, LayerError
 from diffrep.heads.head import Head, class_name, head_class
-from diffrep.noise import mix, sample_noise
+from diffrep.noise import image_digest, mix, sample_noise
 from diffrep.taps import Recorder
 from diffrep.taps.outputs import image_reader
 
@@ -259,8 +259,6 @@ def noised_inputs(
         noise: "gaussian" or "none", as in `FeatureRequest`.
     """
     if ids is None:
-        from diffrep.extract.extractor import image_digest
-
         ids = [image_digest(image) for image in images]
     clean = backbone.codec.encode(images.to(backbone.device)).mean.float()
     found = {}

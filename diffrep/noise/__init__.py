@@ -4,7 +4,7 @@ One coordinate for all schedules: sigma = noise / signal of the mixture x_t = si
 (log-SNR = -2 ln sigma). A schedule maps it to and from the time that its network takes.
 """
 
-from diffrep.noise.draws import mix, sample_noise
+from diffrep.noise.draws import image_digest, mix, sample_noise
 from diffrep.noise.level import Level, LevelTable
 from diffrep.noise.schedule import DiscreteSchedule, FlowSchedule, Schedule, SigmaSchedule
 
@@ -15,6 +15,7 @@ __all__ = [
     "LevelTable",
     "Schedule",
     "SigmaSchedule",
+    "image_digest",
     "mix",
     "sample_noise",
 ]

@@ -47,3 +47,9 @@ def sample_noise(
     key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
     generator = np.random.Generator(np.random.Philox(key=key))
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+
+
+def image_digest(image: torch.Tensor) -> str:
+    """Returns the id of an image (C, H, W) that has no other: the SHA-256 of its values."""
+    content = image.detach().cpu().contiguous().view(torch.uint8)  # numpy has no bfloat16
+    return hashlib.sha256(content.numpy().tobytes()).hexdigest()

@@ -143,7 +143,7 @@ class Probe:
         Returns:
             What the first seed chose.
         """
-        read, runs = read or self.read, []
+        elsewhere, read, runs = read is not None, read or self.read, []
         for judged, task, seed in zip(among, self.tasks, self.seeds, strict=True):
             chosen = choose(read, judged, head, task, self.config, seed)
             # Others than the main process only need to know what was chosen.
@@ -154,7 +154,9 @@ class Probe:
             if len({(one.reading, str(one.setting)) for one, _ in runs}) > 1:
                 setting["choices"] = [{"reading": str(one.reading), **one.setting} for one, _ in runs]
             kept = [(one.val, run.scores) for one, run in runs]
-            self._keep(name, head, first.reading, kept, first.dim, setting, scored.head)
+            # A baseline's head belongs to no features that anyone will extract.
+            module = None if elsewhere else scored.head
+            self._keep(name, head, first.reading, kept, first.dim, setting, module)
         return first
 
     def baseline(self, name: str) -> Judged:
@@ -279,7 +281,7 @@ class Probe:
         metric, seed = self.config.metric, self.config.seed
         result = summarise(name, head, reading, runs, self.task, metric, seed, dim, cost, setting)
         self.results.append(result)
-        if module is not None and reading.pairs:
+        if module is not None:
             self.heads[name] = (module, _about(result, reading, store, self.measure.name))
 
     def _store_of(self, name: str, config: TrainedConfig) -> FeatureStore:
@@ -359,7 +361,13 @@ def _about(result: Result, reading: Reading, store: FeatureStore, metric: str) -
         "backbone": store.meta["backbone"]["name"],
         "layers": list(dict.fromkeys(layer for layer, _ in reading.pairs)),
         "levels": list(dict.fromkeys(level for _, level in reading.pairs)),
-        **{key: request[key] for key in ("draws", "pool", "noise", "posterior", "tokens", "seed") if key in request},
+        **{
+            key: request[key]
+            for key in ("draws", "pool", "noise", "posterior", "tokens", "seed", "dtype")
+            if key in request
+        },
+        "image_size": store.meta.get("transform", {}).get("size"),
+        "cond": store.meta["backbone"].get("cond", {}).get("given"),
         "read_pool": reading.pool,
         "dataset": store.meta["data"]["path"],
         metric: result.score.test,
