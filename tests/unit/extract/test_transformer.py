@@ -173,7 +173,7 @@ def test_grid_search_over_layers_and_levels(make, image_folder, kind):
         "paths": files,
         "array": np.stack([np.asarray(Image.open(file)) for file in files]),
     }
-    images["tensor"] = torch.from_numpy(images["array"] / np.float32(127.5) - 1)[:, None]
+    images["tensor"] = torch.from_numpy(images["array"] / np.float32(255))[:, None]
     pipeline = Pipeline([("features", make(root=image_folder)), ("head", LogisticRegression())])
     grid = {"features__layers": [["down_blocks.0"], ["up_blocks.1"]], "features__levels": [[1], [999]]}
     if kind != "array":
