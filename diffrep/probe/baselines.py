@@ -15,7 +15,7 @@ from diffrep.store import FeatureStore
 
 PIXELS_SIDE = 32
 # Their names in tables, behind the head's.
-TITLES = {"pixels": "on raw pixels", "untrained": "on untrained network"}
+TITLES = {"pixels": "on raw pixels", "untrained": "on the untrained network"}
 
 
 def pixels(store: FeatureStore, config: ProbeConfig) -> torch.Tensor:

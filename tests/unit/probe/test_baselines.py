@@ -32,7 +32,7 @@ def test_the_probe_compares_with_pixels_and_the_untrained_network(store, tmp_pat
     wanted = config(store, out=tmp_path, baselines=("pixels", "untrained"))
     metrics = run_probe(wanted)
     scores = {score["name"]: score for score in metrics["scores"]}
-    raw, blank = scores["linear on raw pixels"], scores["linear on untrained network"]
+    raw, blank = scores["linear on raw pixels"], scores["linear on the untrained network"]
     assert (raw["layer"], raw["dim"], raw["bytes"], raw["flops"]) == ("pixels", 1024, None, None)
     assert blank["layer"] in store.layers
     assert {cell["layer"] for cell in metrics["cells"]} == set(store.layers), "baselines are no cells of the map"
