@@ -276,6 +276,6 @@ def test_demo_in_small(tmp_path):
     metrics = json.loads((tmp_path / "demo" / "results.json").read_text())["metrics"]
     names = [score["name"] for score in metrics["scores"]]
     assert names == ["linear", "kNN", "linear on raw pixels", "linear on the untrained network", "attention pool"]
-    assert len(metrics["cells"]) == 9 * 8
+    assert len(metrics["cells"]) == 9 * 8 * 2, "linear and kNN"
     # Again in the same folder, with other images: other stores, no refusal.
     run("demo", "--limit", 110, "--out", tmp_path / "demo", check=0)
