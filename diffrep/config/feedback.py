@@ -6,11 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from diffrep.config.schema import BackboneConfig, DataConfig, LevelSpec, PathText, Section, listed
-
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-AtLeastZero = Annotated[float, Field(ge=0)]
+from diffrep.config.schema import (
+    BackboneConfig,
+    DataConfig,
+    LevelSpec,
+    NotNegative,
+    PathText,
+    Positive,
+    Section,
+    Share,
+    listed,
+)
 
 
 class SparseConfig(Section):
@@ -44,11 +50,11 @@ class SparseConfig(Section):
     tied: bool = False
     relu: bool = False
     multi_k: Annotated[int, Field(ge=2)] | None = None
-    multi_weight: AtLeastZero = 1 / 8
+    multi_weight: NotNegative = 1 / 8
     aux_k: Annotated[int, Field(ge=0)] = 0
-    aux_weight: AtLeastZero = 1 / 32
+    aux_weight: NotNegative = 1 / 32
     dead_after: PositiveInt = 30
-    contrast: AtLeastZero = 0.0
+    contrast: NotNegative = 0.0
     temperature: Positive = 0.2
     normalized: bool = True
     unit_norm: bool | None = None
@@ -166,7 +172,7 @@ class FeedbackConfig(Section):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = 1e-2
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: AtLeastZero = 0.0
+    weight_decay: NotNegative = 0.0
     schedule: Literal["step", "cosine"] = "step"
     decay: Share = 0.1
     decay_every: PositiveInt = 7

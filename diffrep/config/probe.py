@@ -7,10 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from diffrep.config.schema import DataConfig, LevelSpec, PathText, Section, listed
+from diffrep.config.schema import DataConfig, LevelSpec, NotNegative, PathText, Positive, Section, Share, listed
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 Norm = Literal["none", "batch", "layer", "standard"]
 Head = Literal["logistic", "sgd", "ridge", "knn", "ncm"]
 TrainedKind = Literal["attention", "diffssl-attention", "difformer", "conv", "mlp", "linear", "matryoshka"]
@@ -115,7 +113,7 @@ class LowDataConfig(Section):
     """
 
     shots: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed)] = (1, 5, 10)
-    fractions: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(listed)] = (0.01, 0.1)
+    fractions: Annotated[tuple[Share, ...], BeforeValidator(listed)] = (0.01, 0.1)
     tries: PositiveInt = 5
     heads: Annotated[tuple[Head, ...] | None, BeforeValidator(listed)] = None
 
@@ -170,8 +168,8 @@ class ProbeConfig(Section):
     train_split: str = "train"
     val_split: str | None = None
     test_split: str | None = "test"
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    test_fraction: Share = 0.2
+    val_fraction: Share = 0.2
     missing: Literal["refuse", "allow", "any"] = "refuse"
     metric: Literal["accuracy", "mean_per_class"] = "accuracy"
     pools: Annotated[tuple[PositiveInt | Literal["stored"], ...], BeforeValidator(listed), Field(min_length=1)] = (

@@ -21,6 +21,9 @@ def _plain(value: Any) -> Any:
 
 
 PathText = Annotated[str, BeforeValidator(_plain)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):

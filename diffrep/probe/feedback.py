@@ -33,7 +33,7 @@ from diffrep.probe.scores import Cost, Result, summarise
 from diffrep.probe.task import LabelledImages, Task, make_task
 from diffrep.probe.trained_data import Order
 from diffrep.report import write_report
-from diffrep.store.layout import read_json, write_json, write_whole
+from diffrep.store.layout import changes, read_json, write_json, write_whole
 
 NAME = "DifFeed"
 # The noise draw of evaluation; training epoch e, from 0, draws noise e + 1.
@@ -326,11 +326,10 @@ def _claim(run: FeedbackRun) -> None:
     plain = to_plain(run.config) | {"images": run.images.fingerprint(), "weights": run.backbone.weights_hash}
     if stored.exists():
         before = read_json(stored)
-        differ = sorted(key for key in plain if key not in FREE_KEYS and plain[key] != before.get(key))
+        differ = changes(*({key: one[key] for key in one if key not in FREE_KEYS} for one in (before, plain)))
         if differ:
-            changes = "; ".join(f"{key}: {before.get(key)} there, {plain[key]} now" for key in differ)
             raise ConfigError(
-                f"{out} holds a run with other settings ({changes}); use another out, or the same settings"
+                f"{out} holds a run with other settings ({'; '.join(differ)}); use another out, or the same settings"
             )
         if run.config.epochs < before["epochs"]:
             raise ConfigError(

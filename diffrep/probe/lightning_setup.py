@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ class Settings(Protocol):
     loggers: tuple[str, ...]
 
 
-class Loop(lightning.LightningModule):
+class Loop(lightning.LightningModule, ABC):
     """A training whose epochs are judged on the validation samples; the best one's weights are kept.
 
     A subclass has `configure_optimizers`, `judge` and a `training_step` that returns `part` of its loss.
@@ -68,9 +69,9 @@ class Loop(lightning.LightningModule):
         if self.processes > 1:
             share_batch_norms(net)
 
+    @abstractmethod
     def judge(self) -> float:
         """Returns the score of the net on all validation samples at once, the same on every process."""
-        raise NotImplementedError
 
     @property
     def done(self) -> bool:

@@ -27,7 +27,7 @@ from diffrep.probe.task import LabelledImages, Task, make_task
 from diffrep.report import write_report
 from diffrep.report.search import agreement
 from diffrep.store import FeatureStore
-from diffrep.store.layout import read_json, write_json
+from diffrep.store.layout import changes, read_json, write_json
 from diffrep.store.writer import flatten
 
 # Keys that may differ between a search and its resume: they change neither a feature nor who stays in the race.
@@ -220,13 +220,11 @@ class Search:
         state = dist.state()
         with state.main_process_first():
             if file.exists():
-                before = read_json(file)
-                differ = sorted(key for key in before.keys() | plain.keys() if before.get(key) != plain.get(key))
+                differ = changes(read_json(file), plain)
                 if differ:
-                    changes = [f"{key}: {before.get(key)!r} there, {plain.get(key)!r} now" for key in differ]
                     raise ConfigError(
                         f"{self.out} holds a search with other settings; use another out, or the same settings. It "
-                        "differs in\n  " + "\n  ".join(changes)
+                        "differs in\n  " + "\n  ".join(differ)
                     )
             elif state.is_main_process:
                 write_json(file, plain)

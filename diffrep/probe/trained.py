@@ -24,7 +24,7 @@ from diffrep.probe.task import Task
 from diffrep.probe.trained_data import CHECKPOINT, Order, Pair, Samples
 from diffrep.probe.trained_net import batch_norms, build_head, check_shapes, evaluate, norm_of, set_standard
 from diffrep.store import FeatureStore
-from diffrep.store.layout import INDEX, read_json, write_json, write_whole
+from diffrep.store.layout import INDEX, changes, read_json, write_json, write_whole
 
 RUN, FINISHED = "run.json", "finished.safetensors"
 # What may change between a run and its resume without changing a single number; the features stand in for `store`,
@@ -198,13 +198,11 @@ def _claim(
     }
     stored = out / RUN
     if stored.exists() and any((out / name).exists() for name in (CHECKPOINT, FINISHED)):
-        before = read_json(stored)
-        differ = sorted(key for key in wanted if wanted[key] != before.get(key))
+        differ = changes(read_json(stored), wanted)
         if differ:
-            changes = "; ".join(f"{key}: {before.get(key)} there, {wanted[key]} now" for key in differ)
             raise ConfigError(
-                f"{out} holds a head that was trained otherwise ({changes}); give the probe another out, take the "
-                "same settings, or remove that folder"
+                f"{out} holds a head that was trained otherwise ({'; '.join(differ)}); give the probe another out, "
+                "take the same settings, or remove that folder"
             )
     state.wait_for_everyone()  # all have looked before one writes
     if state.is_main_process:

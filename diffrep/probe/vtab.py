@@ -18,7 +18,7 @@ from diffrep.extract.job import ExtractJob, open_backbone
 from diffrep.probe.baselines import TITLES
 from diffrep.probe.run import run_probe
 from diffrep.probe.task import LabelledImages, make_task
-from diffrep.store.layout import read_json, write_json, write_whole
+from diffrep.store.layout import changes, read_json, write_json, write_whole
 
 SETTINGS, TABLE = "config.json", "table.md"
 # Keys that may differ between a run and its resume: they do not decide what a task's number is.
@@ -180,11 +180,11 @@ def _compare(config: VtabConfig, backbone: Backbone | None) -> None:
     """Refuses a folder of another run, whose tasks would stand in one table with these."""
     stored, settings = Path(config.out) / SETTINGS, _settings(config, backbone)
     before = read_json(stored) if stored.exists() else settings
-    differ = sorted(key for key in settings if settings[key] != before.get(key))
+    differ = changes({key: before.get(key) for key in settings}, settings)
     if differ:
-        changes = "; ".join(f"{key}: {before.get(key)} there, {settings[key]} now" for key in differ)
         raise ConfigError(
-            f"{config.out} holds a run with other settings ({changes}); use another out, or the same settings"
+            f"{config.out} holds a run with other settings ({'; '.join(differ)}); use another out, "
+            "or the same settings"
         )
 
 

@@ -103,3 +103,12 @@ def read_json(path: Path) -> Any:
         raise StoreError(f"{path} is missing") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise StoreError(f"cannot read {path}: {error}") from error
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Tells in what a folder's stored settings differ from those of now: "KEY: OLD there, NEW now", by key.
+
+    A key that is missing counts as None.
+    """
+    differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return [f"{key}: {before.get(key)} there, {now.get(key)} now" for key in differ]

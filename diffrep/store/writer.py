@@ -17,6 +17,7 @@ from diffrep.store.layout import (
     INDEX,
     META,
     Unit,
+    changes,
     info_file,
     list_units,
     read_json,
@@ -112,9 +113,10 @@ class StoreWriter:
         differ = sorted(key for key in keys if old.get(key) != new.get(key))
         versions = [key for key in differ if key.split(".")[0] == VERSIONS]
         if versions:
-            changes = ", ".join(f"{key.partition('.')[2]} {old.get(key)} -> {new.get(key)}" for key in versions)
-            warnings.warn(f"{self.path} was begun with other package versions: {changes}", stacklevel=3)
-        real = [f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differ if key not in versions]
+            others = ", ".join(f"{key.partition('.')[2]} {old.get(key)} -> {new.get(key)}" for key in versions)
+            warnings.warn(f"{self.path} was begun with other package versions: {others}", stacklevel=3)
+        rest = [key for key in differ if key not in versions]
+        real = changes({key: old.get(key) for key in rest}, {key: new.get(key) for key in rest})
         if real:
             raise StoreError(
                 f"{self.path} was made by another request; give another out, or the same settings. It differs in\n  "

@@ -22,7 +22,7 @@ from diffrep.backbones.folders import build
 from diffrep.config import TrainConfig, to_plain, to_yaml, write_results
 from diffrep.data import open_images
 from diffrep.errors import CheckpointError, ConfigError, DiffrepError
-from diffrep.store.layout import read_json, write_json, write_whole
+from diffrep.store.layout import changes, read_json, write_json, write_whole
 from diffrep.train.objective import Denoising
 from diffrep.train.order import StepBatches, step_rng
 
@@ -165,12 +165,10 @@ def _claim(run: Path, config: TrainConfig) -> None:
     plain = to_plain(config)
     stored = run / "config.json"
     if stored.exists():
-        before = read_json(stored)
-        differ = sorted(k for k in plain if k not in FREE_KEYS and plain[k] != before.get(k))
+        differ = changes(*({k: one[k] for k in one if k not in FREE_KEYS} for one in (read_json(stored), plain)))
         if differ:
-            changes = "; ".join(f"{k}: {before.get(k)} there, {plain[k]} now" for k in differ)
             raise ConfigError(
-                f"{run} holds a run with other settings ({changes}); use another out, or the same settings"
+                f"{run} holds a run with other settings ({'; '.join(differ)}); use another out, or the same settings"
             )
     run.mkdir(parents=True, exist_ok=True)
     write_json(stored, plain)

@@ -222,7 +222,7 @@ def test_a_search_goes_on_without_repeating(counted, unet_folder, tmp_path):
     before = dict(spent)
     assert run_search(config, backbone)["scores"] == metrics["scores"]
     assert spent == before
-    with pytest.raises(ConfigError, match="head: 'ridge' there, 'knn' now"):
+    with pytest.raises(ConfigError, match="head: ridge there, knn now"):
         run_search(make(unet_folder, tmp_path, head="knn"), backbone)
     with pytest.raises(StoreError, match=r"backbone\.weights"):
         run_search(config, load_backbone(unet_folder, device="cpu", init_seed=1))
