@@ -220,9 +220,7 @@ class Backbone(ABC):
             LayerError: A layer does not exist or did not run.
             ConfigError: `x`, `time` or `cond` do not fit the network.
         """
-        addresses = self.addresses(layers)
-        if getattr(self.network, "is_cache_enabled", False):
-            raise LayerError("a diffusers cache is enabled on this network: skipped blocks would give stale features")
+        addresses = self._readable(layers)
         arguments = self._arguments(x, time, cond)
         wanted = tuple(addresses.values())
         with self.attention or nullcontext():
@@ -232,11 +230,22 @@ class Backbone(ABC):
                 found = self._functions[wanted](*arguments)
             else:
                 found = capture(self.network, wanted, lambda: self.call(self.network, *arguments))
-        features = {name: found[address] for name, address in addresses.items()}
-        if tokens:
-            return features
-        size = tuple(x.shape[-2:])
-        return {name: self._as_map(addresses[name], feature, size) for name, feature in features.items()}
+        return self._shaped(addresses, found, tuple(x.shape[-2:]), tokens)
+
+    @torch.no_grad()
+    def capture_with_output(
+        self,
+        x: torch.Tensor,
+        time: float | torch.Tensor,
+        layers: Iterable[str],
+        cond: Cond = None,
+        tokens: bool = False,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Reads layers as `capture` does, in a whole pass that is never compiled; returns them and the raw output."""
+        addresses, outputs = self._readable(layers), []
+        wanted = addresses.values()
+        found = capture(self.network, wanted, lambda: outputs.append(self.denoise(x, time, cond)), stop=False)
+        return self._shaped(addresses, found, tuple(x.shape[-2:]), tokens), outputs[0]
 
     @torch.no_grad()
     def denoise(self, x: torch.Tensor, time: float | torch.Tensor, cond: Cond = None) -> torch.Tensor:
@@ -255,26 +264,22 @@ class Backbone(ABC):
 
     def extract(
         self,
-        images: torch.Tensor,
+        images: torch.Tensor | None,
         request: FeatureRequest,
         ids: list[str] | None = None,
         cond: Cond = None,
         noise: torch.Tensor | None = None,
         posterior_noise: torch.Tensor | None = None,
+        uncond: Cond = None,
+        whole: bool = False,
     ) -> Features:
-        """Reads everything a request names from a batch of images; see `diffrep.extract.extract`.
+        """Reads everything a request names from a batch of images (B, image_channels, H, W) in [0, 1].
 
-        Args:
-            images: (B, image_channels, H, W) in [0, 1].
-            request: What is wanted.
-            ids: A stable id for each image; None uses the SHA-256 of its pixels.
-            cond: Condition, for the whole batch or one for each image.
-            noise: (B, draws, C, h, w) in place of the seeded noise.
-            posterior_noise: (B, draws, C, h, w) in place of the seeded posterior draws.
+        Arguments are those of `diffrep.extract.extract`.
         """
         from diffrep.extract import extract
 
-        return extract(self, images, request, ids=ids, cond=cond, noise=noise, posterior_noise=posterior_noise)
+        return extract(self, images, request, ids, cond, noise, posterior_noise, uncond=uncond, whole=whole)
 
     def describe(self) -> dict[str, Any]:
         """Returns plain values that identify the backbone; they go into a store's meta.json."""
@@ -345,13 +350,26 @@ class Backbone(ABC):
 
     # Inside -------------------------------------------------------------------------------------------------------
 
+    def _readable(self, layers: Iterable[str]) -> dict[str, Address]:
+        if getattr(self.network, "is_cache_enabled", False):
+            raise LayerError("a diffusers cache is enabled on this network: skipped blocks would give stale features")
+        return self.addresses(layers)
+
+    def _shaped(
+        self, addresses: dict[str, Address], found: dict[Address, torch.Tensor], size: tuple[int, int], tokens: bool
+    ) -> dict[str, torch.Tensor]:
+        if tokens:
+            return {name: found[address] for name, address in addresses.items()}
+        return {name: self._as_map(address, found[address], size) for name, address in addresses.items()}
+
     @cached_property
     def _trace(self) -> tuple[list[Call], int]:
         return self._dry_run(self.sample_size, self.sample_size)
 
     def _dry_run(self, height: int, width: int, condition: Condition | None = None) -> tuple[list[Call], int]:
         example = self._example(height, width, condition)
-        return dry_run(self.network, lambda network: self.call(network, *example))
+        calls, total = dry_run(self.network, lambda network: self.call(network, *example))
+        return calls, max(total, 1)  # one that only hands values on has shares too
 
     def _example(
         self, height: int, width: int, condition: Condition | None = None

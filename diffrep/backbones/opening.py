@@ -24,6 +24,7 @@ from diffrep.backbones.official import (
     REPABackbone,
     SiTBackbone,
 )
+from diffrep.backbones.reference import REFERENCES
 from diffrep.backbones.unet import UNet2D, UNet2DCondition
 from diffrep.errors import ConfigError, UnknownNameError
 from diffrep.noise import Schedule
@@ -102,7 +103,7 @@ def from_path(
         CheckpointError: Weights are missing, damaged or do not fit.
     """
     if family is not None and family not in FAMILIES:
-        raise UnknownNameError("family", family, FAMILIES)
+        raise UnknownNameError("family", family, [*FAMILIES, *REFERENCES])
     if place.is_file():
         if family is None or config is None:
             raise ConfigError(f"{place} is a file of weights; give its family ({', '.join(FAMILIES)}) and config")
@@ -128,6 +129,21 @@ def from_path(
     if adapter is DiTBackbone:
         network = official_dit(network)
     return Parts(network, adapter, pipeline=_pipeline(place))
+
+
+def fill(parts: Parts, file: Path) -> None:
+    """Puts the weights of a file in the place of a network's own; on the meta device the shapes alone are compared.
+
+    Raises:
+        CheckpointError: The file cannot be read, or its keys or shapes are not the network's.
+    """
+    meta = next(parts.network.parameters()).device.type == "meta"
+    state = read_state(file, shapes_only=meta)
+    if issubclass(parts.adapter, OfficialBackbone):
+        state = parts.adapter.tidy(state)
+    check_state(file, parts.network, state, next(name for name, kind in FAMILIES.items() if kind is parts.adapter))
+    if not meta:
+        parts.network.load_state_dict(state)
 
 
 def open_official(place: Path, family: str, config: Any, device: torch.device, dtype: torch.dtype) -> Parts:

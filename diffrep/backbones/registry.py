@@ -16,7 +16,8 @@ from diffrep.backbones.backbone import Backbone
 from diffrep.backbones.codec import Codec
 from diffrep.backbones.conditioning import Conditioner, PromptEmbeddings
 from diffrep.backbones.official import DiTBackbone
-from diffrep.backbones.opening import Parts, from_entry, from_path
+from diffrep.backbones.opening import Parts, fill, from_entry, from_path
+from diffrep.backbones.reference import REFERENCES, open_reference
 from diffrep.backbones.sources import HUB_TEXT, find, registered, snapshot, weights_of
 from diffrep.backbones.text import OUTPUTS, PromptEncoder
 from diffrep.errors import BackendUnavailable, ConfigError, UnknownNameError
@@ -33,6 +34,7 @@ def load_backbone(
     schedule: str | Path | Schedule | None = None,
     revision: str | None = None,
     init_seed: int | None = None,
+    weights: str | Path | None = None,
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     attention: str = "auto",
@@ -48,6 +50,7 @@ def load_backbone(
         family: For a file of weights: "dit", "sit", "repa", "adm", "edm", or a diffusers class ("unet2d",
             "unet2d-condition", "transformer2d", "pixart", "sd3", "flux", "sana", "diffusers-dit"). For a folder of
             `DiTTransformer2DModel`, "diffusers-dit" keeps that class's own numbers in place of the official DiT's.
+            What a backbone is compared with: "timm", "latents", "pixels", see `diffrep.backbones.reference`.
         config: For a file of weights: a variant's name ("XL/2", "256-uncond") or the constructor's arguments, as a
             dict or a JSON file.
         codec: Folder or hub id of an autoencoder, or a `Codec`; None takes the `vae/` beside the network, else the
@@ -57,6 +60,8 @@ def load_backbone(
             for official checkpoints the schedule of their paper.
         revision: Hub revision.
         init_seed: Give the network random weights from this seed in place of the trained ones: the untrained baseline.
+        weights: A file with other weights for the network, under the same keys, such as CleanDIFT's state dict for a
+            Stable Diffusion folder; everything else is the source's.
         device: "auto" takes CUDA where there is one; "meta" builds the network without reading any weights.
         dtype: "auto" is bfloat16 on CUDA and float32 elsewhere.
         attention: "auto" and "sdpa" leave the choice to torch; "flash" and "xformers" insist on that kernel.
@@ -73,6 +78,12 @@ def load_backbone(
     dtype = _dtype(dtype, device)
     kernel = choose_attention(attention, device, dtype)
     name = _name(source)
+    if family in REFERENCES:
+        if any(given is not None for given in (weights, codec, conditioner, schedule)) or compile:
+            raise ConfigError(
+                f"family {family!r} takes no weights, codec, conditioner, schedule or compile; leave them out"
+            )
+        return open_reference(source, family, config, revision, init_seed, device, dtype)
     entry = None if Path(source).expanduser().exists() else registered().get(name)
     if entry is not None and (family is not None or config is not None):
         raise ConfigError(f"{name!r} is a registered backbone, which has its own family and config; leave them out")
@@ -82,6 +93,10 @@ def load_backbone(
         source = weights_of(entry) if entry else source
         place = find(source, revision, with_weights=device.type != "meta")
         parts = from_path(place, source, family, config, device, dtype)
+    if weights is not None:
+        if init_seed is not None:
+            raise ConfigError("weights and init_seed both say what the network's weights are; give one")
+        fill(parts, Path(weights).expanduser())
     if init_seed is not None:
         parts.network = _untrained(parts.network, init_seed, device, dtype)
     if isinstance(codec, (str, Path)):

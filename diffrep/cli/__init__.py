@@ -18,6 +18,7 @@ VERBS = {
     "search": "successive halving over layers and levels, extracting only what is still in the race",
     "vtab": "extract, probe and average the 19 tasks of VTAB-1k",
     "feedback": "train DifFeed, which back-propagates through the frozen U-Net",
+    "correspond": "match key points between images: evaluate, train, match, warp",
     "convert": "checkpoint -> safetensors and JSON that every verb opens",
     "train": "train a small diffusion model",
     "report": "write report.html again from a run folder",

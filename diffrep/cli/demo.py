@@ -1,4 +1,4 @@
-"""Run the whole path on the bundled network and images: layers, features, probes, baselines, head, report.
+"""Run the whole path on the bundled network and images: features, probes, baselines, head, matching, report.
 
 Examples:
   diffrep demo
@@ -27,11 +27,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.limit is not None and not 100 <= arguments.limit <= 5000:
         raise ConfigError(f"--limit must lie between 100 and 5000, got {arguments.limit}")
     from diffrep import dist, load_backbone
-    from diffrep.probe.demo import BACKBONE, demo
+    from diffrep.correspond.geometric import table as warp_table
+    from diffrep.demo import BACKBONE, demo
     from diffrep.probe.run import table
 
     backbone = load_backbone(BACKBONE, device="meta")
     print(f"{BACKBONE}, its blocks in execution order:\n{layer_table(backbone, depth=1)}\n")
     metrics = demo(arguments.out, arguments.limit)
-    print(f"\n{table(metrics)}\n\nreport: {(arguments.out / 'report.html').resolve()}")
+    report = (arguments.out / "report.html").resolve()
+    print("\n".join(["", table(metrics), "", warp_table(metrics["geometric"]), "", f"report: {report}"]))
     dist.teardown()

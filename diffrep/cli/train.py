@@ -1,8 +1,12 @@
-"""Train a small diffusion model; run it again to go on from the last checkpoint.
+"""Train a small diffusion model, or a student of a backbone; run it again to go on from the last checkpoint.
+
+With a `distill` section the network is a copy of a teacher that learns to give, for clean images, the features that
+the teacher gives for noised ones (CleanDIFT). Read it with noise=none at the level that model/distill.json names.
 
 Examples:
   diffrep train configs/train/fashion_unet.yaml data=PATH out=runs/fashion-unet
   diffrep train configs/train/fashion_unet.yaml data=PATH out=runs/two --nproc 2
+  diffrep train configs/train/distill_cifar.yaml data=PATH distill.teacher=SOURCE out=runs/student
 """
 
 from __future__ import annotations

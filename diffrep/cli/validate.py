@@ -17,6 +17,10 @@ SCHEMAS = {
     "vtab": "VtabConfig",
     "feedback": "FeedbackConfig",
     "train": "TrainConfig",
+    "correspond-evaluate": "CorrespondConfig",
+    "correspond-train": "AggregateConfig",
+    "correspond-match": "MatchConfig",
+    "correspond-warp": "WarpConfig",
 }
 
 

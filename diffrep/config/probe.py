@@ -11,7 +11,9 @@ from diffrep.config.schema import DataConfig, LevelSpec, NotNegative, PathText, 
 
 Norm = Literal["none", "batch", "layer", "standard"]
 Head = Literal["logistic", "sgd", "ridge", "knn", "ncm"]
-TrainedKind = Literal["attention", "diffssl-attention", "difformer", "conv", "mlp", "linear", "matryoshka"]
+TrainedKind = Literal[
+    "attention", "diffssl-attention", "difformer", "aggregation", "conv", "mlp", "linear", "matryoshka"
+]
 KINDS = TrainedKind.__args__
 ATTENTIVE = ("attention", "diffssl-attention", "difformer")
 
@@ -51,12 +53,13 @@ class TrainedConfig(Section):
     Attributes:
         kind: Which head; None takes the name under which it stands in `trained`.
         store: Store with its features, of the same samples; None takes the store that is probed.
-        layers: Addresses to read; None takes the best logistic one (DifFormer: every layer of its store).
-        levels: Levels to read; None takes the best logistic one (DifFormer: every level of its store).
+        layers: Addresses to read; None takes the best logistic one (DifFormer and aggregation network: every layer of
+            their store).
+        levels: Levels to read; None takes the best logistic one (DifFormer and aggregation network: every level).
         pool: Adaptive pooling of maps before the head, to at most this side; None reads them as stored.
         norm: Norm of the head's input, where the head has a choice; None takes its usual one ("layer" for DifFormer,
             "batch" for flat heads).
-        width: Token width, or channels of the convolutions.
+        width: Token width, channels of the convolutions, or those of the aggregation network's descriptors.
         depth: Transformer blocks.
         heads: Attention heads of each block; divides `width`.
         hidden: Widths of the MLP's hidden layers.
@@ -214,4 +217,8 @@ class ProbeConfig(Section):
                 raise ValueError(f"trained.{name} needs a kind, one of {', '.join(KINDS)}, or such a name")
             if kind in ATTENTIVE and head.width % head.heads:
                 raise ValueError(f"trained.{name}: heads {head.heads} does not divide width {head.width}")
+            if kind == "aggregation" and head.width % 4:
+                raise ValueError(
+                    f"trained.{name}: width {head.width} must be a multiple of 4 for an aggregation network"
+                )
         return self

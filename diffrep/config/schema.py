@@ -49,14 +49,19 @@ class FeatureRequest:
 
     Attributes:
         layers: Layer addresses, or aliases such as "blocks" (every top-level block).
-        levels: Noise levels: native times (261), "sigma=0.7", "logsnr=1.2", "clean", "clean@-1".
+        levels: Noise levels: native times (261), "sigma=0.7", "logsnr=1.2", "step 4/18", "clean", "clean@-1"; with
+            noise "inversion" or "generation" calls on a trajectory, "inversion 3/10" or "hf.inversion 3/10".
         draws: Noise draws per level; the features are their mean.
         pool: "none" keeps maps (C, H, W), "mean" gives (C,), an integer k a grid (C, k, k).
-        noise: "gaussian" mixes seeded noise in; "none" shows the network the clean image at the level's time.
+        noise: "gaussian" mixes seeded noise in; "none" shows the network the clean image at the level's time;
+            "inversion" takes the image to noise by the network's own predictions, "generation" seeded noise to an
+            image (DDIM, eta 0).
         posterior: "mode" or "sample" of the codec's posterior, where it has one.
         tokens: Keep a transformer's tokens as (N, C) in place of a map.
         seed: Seeds noise and posterior draws, together with sample id, level and draw.
         dtype: Element type of the features that come back.
+        guidance: Scale of classifier-free guidance along a generation; 1 for none. Features are those of the call with
+            the condition.
 
     Raises:
         pydantic.ValidationError: For a value outside the ranges above.
@@ -66,11 +71,12 @@ class FeatureRequest:
     levels: Annotated[tuple[LevelSpec, ...], BeforeValidator(listed), Field(min_length=1)]
     draws: PositiveInt = 1
     pool: Literal["none", "mean"] | PositiveInt = "none"
-    noise: Literal["gaussian", "none"] = "gaussian"
+    noise: Literal["gaussian", "none", "inversion", "generation"] = "gaussian"
     posterior: Literal["mode", "sample"] = "mode"
     tokens: bool = False
     seed: int = 0
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
 
 
 class BackboneConfig(Section):
@@ -85,6 +91,7 @@ class BackboneConfig(Section):
     schedule: PathText | None = None
     revision: str | None = None
     init_seed: int | None = None
+    weights: PathText | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"

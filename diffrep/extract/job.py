@@ -26,6 +26,7 @@ from diffrep.data import ImageSet, open_images
 from diffrep.errors import ConfigError, DataError
 from diffrep.extract.extractor import Extractor
 from diffrep.extract.plan import Plan
+from diffrep.noise import read_levels
 from diffrep.store import NUMERICS, FeatureStore, StoreWriter, Unit, list_units
 from diffrep.store.layout import write_whole
 from diffrep.store.writer import unit_exists
@@ -46,6 +47,11 @@ class ExtractJob:
     """
 
     def __init__(self, config: ExtractConfig, backbone: Backbone | None = None, images: ImageSet | None = None):
+        if config.request.noise == "generation":
+            raise ConfigError(
+                "request.noise=generation makes its own images, and a store holds features of a data set's; use "
+                "Backbone.extract(None, request, ids=...) in Python, or noise=inversion"
+            )
         dist.state()  # first: it gives each process its own GPU, where device "auto" then loads the network
         self.config = config
         self.backbone = backbone or open_backbone(config.backbone)
@@ -90,7 +96,7 @@ class ExtractJob:
             return "not measured: the backbone is on the meta device, without weights"
         height, width = self._size
         plan, config = self.plan(), self.config
-        count = max(1, config.batch_size // plan.forwards)
+        count = max(1, config.batch_size // plan.rows)
         images = torch.rand(count, self.backbone.image_channels, height, width)
         self.extractor(images, cond=self.cond)  # first calls are slow, compiled ones by a minute
         began = time.perf_counter()
@@ -103,24 +109,29 @@ class ExtractJob:
     def meta(self) -> dict[str, Any]:
         """Returns the store's meta.json."""
         plan, request = self.plan(), to_plain(self.config.request)
+        del request["guidance"]  # of generations only, which no store holds
         described = self.backbone.describe()
         rows = self._condition
         if rows:
             values = b"".join(name.encode() + rows[name].float().cpu().numpy().tobytes() for name in sorted(rows))
             described["cond"] = {"given": self.config.cond, "digest": hashlib.sha256(values).hexdigest()[:16]}
-        levels = [[str(spec), self.backbone.schedule.level(spec)] for spec in self.config.request.levels]
+        levels, _ = read_levels(self.backbone.schedule, self.config.request.levels, self.config.request.noise)
+        # Also the calls whose features are not kept: they shape those of the later ones.
+        paths = {leg.trajectory.name: [level.time for level in leg.trajectory.levels] for leg in plan.legs}
         transform = self.images.transform
-        aliases = {"aliases": plan.aliases} if plan.aliases else {}
-        return aliases | {
+        optional = {"aliases": plan.aliases, "trajectories": paths}
+        return {name: value for name, value in optional.items() if value} | {
             "numerics": NUMERICS,
             "backbone": described,
             "request": request,
             "layers": {name: {"shape": list(shape), "cost": plan.costs[name]} for name, shape in plan.shapes.items()},
-            "levels": [[spec, level.key, level.time, level.signal, level.noise] for spec, level in levels],
+            "levels": [[str(spec), level.key, level.time, level.signal, level.noise] for spec, level in levels],
             "costs": {
                 "network_flops": plan.network_flops,
                 "encode_flops": plan.encode_flops,
                 "draws": plan.draws,
+                # Whole forwards that come before a level's own.
+                **({"before": {key: n for leg in plan.legs for key, n in leg.before.items()}} if plan.legs else {}),
             },
             "data": {"fingerprint": self.images.fingerprint(), "path": Path(self.config.data.path).name},
             "transform": {"channels": transform.channels, "size": transform.size, "fit": transform.fit},

@@ -68,7 +68,7 @@ class DiffrepFeatures(TransformerMixin, BaseEstimator):
         levels: Noise levels.
         pool: "mean", an integer k for k x k cells, or "none" for whole maps.
         draws: Noise draws per level.
-        noise: "gaussian" or "none".
+        noise: "gaussian", "none" or "inversion".
         posterior: "mode" or "sample".
         tokens: Keep a transformer's tokens.
         seed: Seeds noise and posterior draws.
@@ -176,7 +176,7 @@ class DiffrepFeatures(TransformerMixin, BaseEstimator):
     def _reader(self, X: Any) -> _Reader:
         given = {name: _plain(value) for name, value in self.get_params(deep=False).items()}
         wanted = FeatureRequest.__dataclass_fields__
-        request = {name: given[name] for name in wanted}
+        request = {name: given[name] for name in wanted if name in given}
         others = {name: given[name] for name in ("cond", "size", "value_range", "root", "ids", "batch_size", "device")}
         settings = validate(_Settings, {"request": request, "fit": given["fit_mode"], **others}, "DiffrepFeatures")
         return _Reader(X, settings, self._extractor_of(settings))

@@ -1,5 +1,6 @@
 """What reads features."""
 
+from diffrep.heads.aggregation import AggregationHead, AggregationNetwork
 from diffrep.heads.attention import AttentionHead, AttentionPool
 from diffrep.heads.conv import ConvHead
 from diffrep.heads.difformer import DifFormer
@@ -10,6 +11,8 @@ from diffrep.heads.matryoshka import MatryoshkaHead, matryoshka_loss
 from diffrep.heads.sparse import TopKSAE
 
 __all__ = [
+    "AggregationHead",
+    "AggregationNetwork",
     "AttentionHead",
     "AttentionPool",
     "ConvHead",

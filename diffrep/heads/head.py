@@ -31,11 +31,13 @@ class Head(nn.Module, PyTorchModelHubMixin):
         about: Facts of how the head came about, plain JSON; `save_head` explains them.
         reads_mapping: Whether `forward` takes a mapping of maps by (layer, level) in place of one tensor.
         applied: How the model card calls the head.
+        gives: What the card calls the result.
         live: Whether the head is put on a network and takes images, as the trained part of DifFeed does.
     """
 
     reads_mapping: ClassVar[bool] = False
     applied: ClassVar[str] = "head({features})"
+    gives: ClassVar[str] = "scores"
     live: ClassVar[bool] = False
 
     def __init__(self):

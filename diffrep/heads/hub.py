@@ -83,7 +83,7 @@ def _snippet(head: Head, source: str) -> str:
         if head.live:
             body = ["network = head.attach(backbone)  # the backbone that it was trained on"]
         else:
-            body = [f"scores = {head.applied.format(features='features')}"]
+            body = [f"{head.gives} = {head.applied.format(features='features')}"]
         return "\n".join([f"from diffrep.heads import {', '.join(names)}", "", *opening, *body])
     options = "".join(f", {name}={value!r}" for name, value in about.get("backbone_options", {}).items())
     opening += [
@@ -108,7 +108,7 @@ def _snippet(head: Head, source: str) -> str:
 
 
 def _on_features(head: Head, cond: str) -> list[str]:
-    """Lines that end in the scores of a head on features that a probe read as `Reading` does."""
+    """Lines that end in what a head gives for features that a probe read as `Reading` does."""
     about = head.about
     asked = ", ".join(f"{name}={about[name]!r}" for name in REQUEST if name in about)
     pairs = [(layer, level) for layer in about["layers"] for level in about["levels"]]
@@ -124,7 +124,7 @@ def _on_features(head: Head, cond: str) -> list[str]:
         read = f"features[{pairs[0][0]!r}, {pairs[0][1]!r}]"
     else:
         read = f"torch.cat([features[key].flatten(1) for key in {pairs!r}], dim=1)"
-    return [*lines, f"scores = {head.applied.format(features=read)}"]
+    return [*lines, f"{head.gives} = {head.applied.format(features=read)}"]
 
 
 def _on_images(about: dict[str, Any], cond: str) -> list[str]:

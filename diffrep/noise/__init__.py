@@ -1,4 +1,4 @@
-"""Noise levels, schedules, the forward process, and noise that is a function of the sample.
+"""Noise levels, schedules, the forward process, trajectories, and noise that is a function of the sample.
 
 One coordinate for all schedules: sigma = noise / signal of the mixture x_t = signal * x_0 + noise * eps
 (log-SNR = -2 ln sigma). A schedule maps it to and from the time that its network takes.
@@ -6,7 +6,9 @@ One coordinate for all schedules: sigma = noise / signal of the mixture x_t = si
 
 from diffrep.noise.draws import image_digest, mix, sample_noise
 from diffrep.noise.level import Level, LevelTable
+from diffrep.noise.prediction import solve
 from diffrep.noise.schedule import DiscreteSchedule, FlowSchedule, Schedule, SigmaSchedule
+from diffrep.noise.trajectory import Trajectory, read_levels
 
 __all__ = [
     "DiscreteSchedule",
@@ -15,7 +17,10 @@ __all__ = [
     "LevelTable",
     "Schedule",
     "SigmaSchedule",
+    "Trajectory",
     "image_digest",
     "mix",
+    "read_levels",
     "sample_noise",
+    "solve",
 ]

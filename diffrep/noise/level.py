@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from diffrep.config import LevelSpec
 from diffrep.errors import UnknownNameError
+
+# A call of a network on a trajectory, such as "inversion 3/10"; see diffrep/noise/trajectory.py.
+ON_TRAJECTORY = re.compile(r"(hf\.)?(inversion|generation)\s+(\d+)\s*/\s*(\d+)")
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,8 @@ class Level:
     """One noise level of one schedule.
 
     Attributes:
-        key: Canonical name, which says the native time: "t=261", "sigma=0.7", "clean", "clean@-1".
+        key: Canonical name, which says the native time, "t=261", "sigma=0.7", "clean", "clean@-1", or the place on a
+            trajectory, "inversion 3/10".
         time: What is passed to the network.
         signal: Coefficient of the clean sample.
         noise: Coefficient of the noise.

@@ -14,18 +14,20 @@ import numpy as np
 
 from diffrep.config import LevelSpec
 from diffrep.errors import ConfigError
-from diffrep.noise.level import Level
+from diffrep.noise.level import ON_TRAJECTORY, Level
 
 FORMS = "write a native time such as 261, 'sigma=0.7', 'logsnr=1.2', 'step 4/18', 'clean' or 'clean@-1'"
 # Song et al. (2021), VP: beta(s) = 0.1 + 19.9 s; log signal = -(19.9 / 4) s^2 - (0.1 / 2) s.
 VP_BETA_MIN, VP_BETA_SLOPE = 0.1, 19.9
+# SiT's samplers keep this far from the data end of the vp path, where the velocity is infinite.
+VP_LEAST_SHARE = 1e-3
 
 
 class Schedule(ABC):
     """The noise levels of a network and the time it takes at each.
 
     Attributes:
-        prediction: What the network predicts; features do not depend on it.
+        prediction: What the network predicts. Features depend on it along a trajectory only.
     """
 
     prediction: str
@@ -39,9 +41,16 @@ class Schedule(ABC):
                 lowest time) or "clean@TIME" (no noise, at any time, also a fraction or -1).
 
         Raises:
-            ConfigError: The spec cannot be read or lies outside the schedule.
+            ConfigError: The spec cannot be read or lies outside the schedule, or names a call on a trajectory, which
+                only `read_levels` knows.
         """
         text = str(spec).strip()
+        place = ON_TRAJECTORY.fullmatch(text)
+        if place is not None:
+            raise ConfigError(
+                f"level {text!r} lies on a trajectory; only requests with noise={place[2]!r} read it, in "
+                "'diffrep extract' and Backbone.extract"
+            )
         if text == "clean" or text.startswith("clean@"):
             time = self.clean_time if text == "clean" else _number(text[6:], text)
             low, high = self.time_range
@@ -71,6 +80,11 @@ class Schedule(ABC):
         """Native time of the least noise."""
 
     @property
+    def least_time(self) -> int | float:
+        """Native time at which an image stands for a state of a trajectory: where the least noise is."""
+        return self.clean_time
+
+    @property
     @abstractmethod
     def time_range(self) -> tuple[float, float]:
         """Least and greatest native time that "clean@TIME" may name."""
@@ -94,6 +108,10 @@ class Schedule(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Returns plain values that identify the schedule; they go into a store's meta.json."""
+
+    def spread(self, level: Level) -> float:
+        """Returns what unit noise is multiplied by to start a sampler at a level: 1 for DDPM and flows."""
+        return math.hypot(level.signal, level.noise)
 
     def _step(self, index: int, count: int, text: str) -> float:
         if count < 1:
@@ -216,6 +234,11 @@ class FlowSchedule(Schedule):
         return float(self.data_time * self.scale)
 
     @property
+    def least_time(self) -> float:
+        """The data end, or on the vp path a little before it."""
+        return abs(self.data_time - (VP_LEAST_SHARE if self.path == "vp" else 0)) * self.scale
+
+    @property
     def time_range(self) -> tuple[float, float]:
         """Both ends."""
         return 0.0, self.scale
@@ -264,6 +287,23 @@ class FlowSchedule(Schedule):
     def describe(self) -> dict[str, Any]:
         """Returns path, direction and scale."""
         return {"kind": "flow", "path": self.path, "data_time": self.data_time, "scale": self.scale}
+
+    def slopes(self, level: Level) -> tuple[float, float]:
+        """Returns the derivatives of signal and noise by the time over `scale`, in the direction in which it runs.
+
+        Raises:
+            ConfigError: They are infinite there, as at the data end of the vp path.
+        """
+        sign = 1 if self.data_time == 0 else -1
+        if self.path == "linear":
+            return -sign * 1.0, sign * 1.0
+        if self.path == "cosine":
+            return -sign * math.pi / 2 * level.noise, sign * math.pi / 2 * level.signal
+        if not level.noise:
+            raise ConfigError(f"the velocity of the vp path is infinite at its data end, level {level.key!r}")
+        share = abs(level.time / self.scale - self.data_time)
+        slope = -sign * level.signal * (VP_BETA_SLOPE * share + VP_BETA_MIN) / 2
+        return slope, -level.signal * slope / level.noise
 
 
 @dataclass(frozen=True)
@@ -315,11 +355,18 @@ class SigmaSchedule(Schedule):
         """Returns the preconditioning and the range."""
         return {"kind": f"sigma-{self.kind}", "sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
 
+    def spread(self, level: Level) -> float:
+        """Returns sigma."""
+        return level.noise
+
 
 def _sampler_times(sampler: Any, count: int) -> list[float]:
     sampler = copy.deepcopy(sampler)  # set_timesteps changes it
     if sampler.config.get("use_dynamic_shifting"):
-        raise ConfigError("the steps of this sampler depend on the image size; write the native time instead")
+        raise ConfigError(
+            "the steps of this sampler depend on the image size; write the native time instead, or load the backbone "
+            "with another schedule"
+        )
     try:
         sampler.set_timesteps(count)
     except ValueError as error:

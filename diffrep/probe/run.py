@@ -22,6 +22,7 @@ from diffrep.probe.scores import Result, cells_of, cost_of, summarise
 from diffrep.probe.sweep import Judged, Read, Scored, choose, score, sweep
 from diffrep.probe.task import Task, make_task
 from diffrep.probe.trained import train_head
+from diffrep.probe.trained_net import MAPPED
 from diffrep.report import write_report
 from diffrep.store import FeatureStore
 
@@ -37,6 +38,7 @@ TRAINED_NAMES = {
     "attention": "attention pool",
     "diffssl-attention": "attention (diffssl)",
     "difformer": "DifFormer",
+    "aggregation": "aggregation network",
     "conv": "convolutional",
     "mlp": "MLP",
     "linear": "linear, trained",
@@ -232,11 +234,16 @@ class Probe:
             "notes": notes,
         }
 
-    def finish(self, notes: list[str] | None = None) -> dict[str, Any]:
-        """Writes the run folder and returns the metrics; only the main process writes."""
+    def finish(self, notes: list[str] | None = None, **more: Any) -> dict[str, Any]:
+        """Writes the run folder and returns the metrics; only the main process writes.
+
+        Args:
+            notes: Sentences for the report.
+            more: Other metrics, which have their own sections of the report.
+        """
         if not dist.state().is_main_process:
             return {}
-        metrics = self.metrics(notes or [])
+        metrics = self.metrics(notes or []) | more
         pictures: dict[str, Any] = {}
         rows = list(dict.fromkeys(row for group in metrics["gallery"] for row in group["rows"]))
         if rows:
@@ -297,7 +304,7 @@ class Probe:
         for layer in layers:
             for level in levels:
                 store.key(layer, level)
-        if config.store and len(layers) * len(levels) > 1 and (config.kind or name) != "difformer":
+        if config.store and len(layers) * len(levels) > 1 and (config.kind or name) not in MAPPED:
             raise ConfigError(
                 f"trained.{name} reads one layer and level and {store.path} holds several; name layers and levels"
             )
@@ -305,7 +312,7 @@ class Probe:
 
     def _pairs(self, name: str, config: TrainedConfig, store: FeatureStore) -> list[tuple[str, str]]:
         layers, levels = config.layers, config.levels
-        if (config.kind or name) == "difformer":
+        if (config.kind or name) in MAPPED:
             layers, levels = layers or store.layers, levels or list(store.levels)
         elif layers is None or levels is None:
             if config.store is None and "single" in self.config.combine:

@@ -69,7 +69,7 @@ def train_head(
     each evaluation, and all get the same result. Torch's generators are left as they were.
 
     Args:
-        kind: "attention", "diffssl-attention", "difformer", "conv", "mlp", "linear" or "matryoshka".
+        kind: "aggregation", "attention", "diffssl-attention", "difformer", "conv", "mlp", "linear" or "matryoshka".
         store: Where the features are.
         pairs: Which (layer, level); flat heads read several side by side, DifFormer as tokens.
         task: Who is who.

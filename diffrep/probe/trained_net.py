@@ -14,11 +14,13 @@ from diffrep import dist
 from diffrep.config import TrainedConfig
 from diffrep.errors import ConfigError
 from diffrep.heads import AttentionHead, AttentionPool, ConvHead, DifFormer, Head, LinearHead, MatryoshkaHead, MLPHead
+from diffrep.heads.aggregation import AggregationHead
 from diffrep.probe.logistic import divisor
 from diffrep.probe.trained_data import CHUNK, Pair, Samples
 
 # What may stand before each kind's first layer; the first is what a head without a choice has.
 NORMS = {
+    "aggregation": ("none",),
     "attention": ("batch",),
     "conv": ("batch",),
     "diffssl-attention": ("none",),
@@ -28,6 +30,11 @@ NORMS = {
     "matryoshka": ("none",),
 }
 FLAT = ("linear", "mlp", "matryoshka")
+# What reads several layers and levels as a mapping of maps.
+MAPPED = ("aggregation", "difformer")
+# Most groups of the aggregation network's group norms, which is the published number, and least channels of one: with
+# one channel a group a norm would take away the mean that is pooled.
+GROUPS, GROUP = 32, 4
 # Samples are scored in blocks of this many whatever the batch size and the number of processes, because the last bits
 # of a matrix product depend on its shape.
 BLOCK = 256
@@ -49,9 +56,12 @@ def norm_of(kind: str, config: TrainedConfig) -> str:
 
 def check_shapes(kind: str, shapes: dict[Pair, tuple[int, ...]], config: TrainedConfig) -> None:
     """Raises ConfigError when a head cannot read features of these shapes."""
-    if len(shapes) > 1 and kind not in (*FLAT, "difformer"):
+    if len(shapes) > 1 and kind not in (*FLAT, *MAPPED):
         names = ", ".join("@".join(pair) for pair in shapes)
-        raise ConfigError(f"the head {kind!r} reads one layer and level, not {names}; kind=difformer reads several")
+        raise ConfigError(
+            f"the head {kind!r} reads one layer and level, not {names}; kind=difformer and kind=aggregation read "
+            "several"
+        )
     for (layer, _), shape in shapes.items():
         if len(shape) != 3 and (kind not in FLAT or config.flip):
             what = f"the head {kind!r} reads" if kind not in FLAT else "flip=true mirrors"
@@ -85,17 +95,26 @@ def build_head(kind: str, shapes: dict[Pair, tuple[int, ...]], classes: int, con
         return AttentionHead(layers, dropout)
     layers = {layer: list(one) for (layer, _), one in shapes.items()}
     levels = list(dict.fromkeys(level for _, level in shapes))
+    if kind == "aggregation":
+        channels = {layer: one[0] for layer, one in layers.items()}
+        return AggregationHead(channels, levels, classes, width, _groups(width // 4), dropout=dropout)
     side = max(max(one[1:]) for one in layers.values())  # the maps are pooled already
     return DifFormer(layers, levels, classes, side, width, heads, depth, norm=norm, dropout=dropout)
 
 
 def scores_of(kind: str, head: nn.Module, features: dict[Pair, torch.Tensor]) -> list[torch.Tensor]:
     """Returns a head's scores (n, K) in fp32; those of every length for a Matryoshka head, the whole last."""
-    if kind == "difformer":
+    if kind in MAPPED:
         found = head(features)
     else:
         found = head(joined(features) if len(features) > 1 else next(iter(features.values())))
     return [one.float() for one in (found if kind == "matryoshka" else [found])]
+
+
+def _groups(channels: int) -> int:
+    """Returns the most groups of group norms over this many channels, within `GROUPS` and `GROUP`."""
+    able = [number for number in range(1, GROUPS + 1) if channels % number == 0 and channels // number >= GROUP]
+    return max(able, default=1)
 
 
 def joined(features: dict[Pair, torch.Tensor]) -> torch.Tensor:

@@ -14,9 +14,12 @@ from diffrep.report.axes import score_axis
 from diffrep.report.confusion import bars, confusion
 from diffrep.report.curves import level_curves
 from diffrep.report.gallery import gallery, pictures
+from diffrep.report.geometric import geometric
 from diffrep.report.headline import headline
 from diffrep.report.heat import grids, heat_map
 from diffrep.report.lowdata import low_data
+from diffrep.report.matches import MATCHES, matches
+from diffrep.report.mixing import mixing
 from diffrep.report.pareto import pareto
 from diffrep.report.search import race
 
@@ -35,7 +38,7 @@ def write_report(folder: str | Path) -> Path:
 
     Args:
         folder: Folder with results.json and, optionally, arrays.npz (predictions and thumbnails) and pictures.npz
-            (feature maps as colours).
+            (feature maps as colours) and matches.npz (drawn matches).
 
     Returns:
         The path of report.html.
@@ -75,6 +78,9 @@ def figures(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:
         "classes": _classes(metrics, arrays, names),
         "gallery": gallery(metrics, arrays, names) if "labels" in arrays else [],
         "race": race(metrics),
+        "matches": matches(metrics, folder / MATCHES),
+        "geometric": geometric(metrics),
+        "mixing": mixing(metrics),
         "pictures": pictures(folder / PICTURES),
     }
 

@@ -1,4 +1,4 @@
-"""Denoising training through Accelerate, with an average of the weights and exact resume."""
+"""Training through Accelerate, with an average of the weights and exact resume."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,11 +21,12 @@ from torch.utils.data import DataLoader
 
 from diffrep import dist
 from diffrep.backbones.folders import build
-from diffrep.config import TrainConfig, to_plain, to_yaml, write_results
+from diffrep.config import TrainConfig, to_plain, to_yaml, validate, write_results
 from diffrep.data import open_images
 from diffrep.errors import CheckpointError, ConfigError, DiffrepError
 from diffrep.store.layout import changes, read_json, write_json, write_whole
-from diffrep.train.objective import Denoising
+from diffrep.train.distill import Distillation
+from diffrep.train.objective import Denoising, Objective
 from diffrep.train.order import StepBatches, step_rng
 
 EMA_FILE = "ema.safetensors"
@@ -36,8 +39,9 @@ def run_train(config: TrainConfig) -> Path:
     """Trains a network, or goes on with the run in `config.out`.
 
     Writes `config.yaml`, `log.jsonl` (loss, learning rate, gradient norm, images/s), `checkpoints/step-*` and, at the
-    end, `model/`: a folder that `diffrep.load_backbone` opens, with the averaged weights. A resumed run may be given
-    other `steps`; its cosine then ends there.
+    end, `model/`: a folder that `diffrep.load_backbone` opens, with the averaged weights. Of a distillation it holds
+    the adapters too, and the level that the student is read at (`distill.json`). A resumed run may be given other
+    `steps`; its cosine then ends there.
 
     Returns:
         The path of `model/`.
@@ -53,17 +57,24 @@ def run_train(config: TrainConfig) -> Path:
         mixed_precision=config.mixed_precision, dynamo_backend="inductor" if config.compile else "no"
     )
     world = accelerator.num_processes
-    if config.batch_size % world:
-        raise ConfigError(f"batch_size {config.batch_size} does not divide among {world} processes")
+    if config.batch_size % (world * config.accumulate):
+        parts = "" if config.accumulate == 1 else f" in {config.accumulate} parts each"
+        raise ConfigError(f"batch_size {config.batch_size} does not divide among {world} processes{parts}")
     if accelerator.is_main_process:
-        _claim(run, config)
+        _refuse_another(run, config)
     accelerator.wait_for_everyone()
 
     set_seed(config.seed)
-    network = build(config.model.kind, config.model.args)
-    images = open_images(config.data, channels=network.config.in_channels)
-    objective = Denoising(config.schedule, config.timesteps)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    objective, network, channels = _open(config, accelerator.device)
+    images = open_images(config.data, channels)
+    objective.attach(images)
+    if accelerator.is_main_process:  # now that nothing is wrong with it
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "config.json", to_plain(config))
+        write_whole(run / "config.yaml", to_yaml(config).encode())
+    accelerator.wait_for_everyone()
+    groups = objective.parameters(network)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(network, optimizer)
     ema = EMAModel(network.parameters(), decay=config.ema)
     first = _resume(accelerator, run, network, ema)
@@ -73,28 +84,25 @@ def run_train(config: TrainConfig) -> Path:
     pinned = accelerator.device.type == "cuda"
     loader = DataLoader(images, batch_sampler=batches, num_workers=config.workers, pin_memory=pinned)
     log = _Log(accelerator, run / "log.jsonl", config, first)
-    for step, clean in enumerate(loader, start=first):
-        clean, t, eps = _step_inputs(objective, config, step, clean, accelerator)
+    for step, (rows, pixels) in enumerate(zip(batches, loader, strict=True), start=first):
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * _rate(step, config.warmup, config.steps)
-        with accelerator.autocast():
-            loss = objective.loss(model, clean, t, eps)
-        accelerator.backward(loss)
+            group["lr"] = config.lr * _rate(step, config) * group.get("scale", 1.0)
+        loss = _backward(objective, model, config, step, rows, pixels, accelerator)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad()
         ema.step(network.parameters())
         done = step + 1
-        log.step(done, loss.detach(), norm, optimizer.param_groups[0]["lr"])
+        log.step(done, loss, norm, optimizer.param_groups[0]["lr"])
         if done % config.checkpoint_every == 0 or done == config.steps:
             log.check(done)
             _save(accelerator, run, done, config.keep, network, ema)
     log.close()
     if accelerator.is_main_process:
-        _export(network, ema, objective, run / "model", config.export_dtype)
+        facts = _export(network, ema, objective, run / "model", config.export_dtype)
         if log.last is not None:  # else the run was done before and its results stand
             metrics = {"steps": config.steps, "images": config.steps * config.batch_size, "loss": log.last}
-            write_results(run, config, config.seed, metrics)
+            write_results(run, config, config.seed, metrics | facts)
     accelerator.wait_for_everyone()
     prepared = (model, optimizer)
     del model, optimizer
@@ -141,38 +149,87 @@ class _Log:
         self.bar.close()
 
 
-def _step_inputs(
-    objective: Denoising, config: TrainConfig, step: int, clean: torch.Tensor, accelerator: Accelerator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _open(config: TrainConfig, device: torch.device) -> tuple[Objective, torch.nn.Module, int]:
+    """Returns the objective, what is trained for it, and the channels of its images."""
+    if config.distill is not None:
+        distillation = Distillation(config.distill, device)
+        return distillation, distillation.student(), distillation.teacher.image_channels
+    network = build(config.model.kind, config.model.args)
+    return Denoising(config.schedule, config.timesteps), network, network.config.in_channels
+
+
+def _backward(
+    objective: Objective,
+    model: torch.nn.Module,
+    config: TrainConfig,
+    step: int,
+    rows: list[int],
+    images: torch.Tensor,
+    accelerator: Accelerator,
+) -> torch.Tensor:
+    """Adds up the gradients of this process's part of a step and returns its mean loss, detached.
+
+    Args:
+        objective: What is minimised.
+        model: The prepared network.
+        config: The run's config.
+        step: Which step.
+        rows: Places of the images in the data set.
+        images: (B, C, H, W) in [0, 1], on the CPU.
+        accelerator: Says where to, and what of the step is this process's.
+    """
     # The draws are made for the whole batch and then cut, so they do not depend on the number of processes.
     rng = step_rng(config.seed, "step", step)
-    t, eps = objective.draw((config.batch_size, *clean.shape[1:]), rng)
+    drawn = objective.draw((config.batch_size, *images.shape[1:]), rng)
     mirrored = torch.from_numpy(rng.random(config.batch_size) < 0.5)
-    mine = slice(accelerator.process_index * len(clean), (accelerator.process_index + 1) * len(clean))
+    offset = accelerator.process_index * len(images)
     if config.flip:
-        clean = torch.where(mirrored[mine].view(-1, 1, 1, 1), clean.flip(-1), clean)
-    device = accelerator.device
-    return (clean * 2 - 1).to(device), t[mine].to(device), eps[mine].to(device)
+        mine = mirrored[offset : offset + len(images)]
+        images = torch.where(mine.view(-1, 1, 1, 1), images.flip(-1), images)
+    size, device = len(images) // config.accumulate, accelerator.device
+    losses = []
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        here = [one[offset + start : offset + start + size].to(device) for one in drawn]
+        inputs = objective.inputs(images[part].to(device), rows[part], here)
+        last = start + size == len(images)
+        with nullcontext() if last else accelerator.no_sync(model):
+            with accelerator.autocast():
+                loss = objective.loss(model, *inputs) / config.accumulate
+            accelerator.backward(loss)
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
 
 
-def _rate(step: int, warmup: int, steps: int) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def _rate(step: int, config: TrainConfig) -> float:
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    if config.decay == "none":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
 
 
-def _claim(run: Path, config: TrainConfig) -> None:
-    plain = to_plain(config)
+def _refuse_another(run: Path, config: TrainConfig) -> None:
     stored = run / "config.json"
-    if stored.exists():
-        differ = changes(*({k: one[k] for k in one if k not in FREE_KEYS} for one in (read_json(stored), plain)))
-        if differ:
-            raise ConfigError(
-                f"{run} holds a run with other settings ({'; '.join(differ)}); use another out, or the same settings"
-            )
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(stored, plain)
-    write_whole(run / "config.yaml", to_yaml(config).encode())
+    if not stored.exists():
+        return
+    # Keys that the stored run does not know had their defaults' meaning.
+    before = validate(TrainConfig, read_json(stored), str(stored))
+    differ = changes(*(_flat(to_plain(one)) for one in (before, config)))
+    if differ:
+        raise ConfigError(
+            f"{run} holds a run with other settings ({'; '.join(differ)}); use another out, or the same settings"
+        )
+
+
+def _flat(plain: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Returns settings by their dotted keys, without those that may change."""
+    found: dict[str, Any] = {}
+    for key, value in plain.items():
+        if not above and key in FREE_KEYS:
+            continue
+        found |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return found
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -224,10 +281,10 @@ def _save(accelerator: Accelerator, run: Path, step: int, keep: int, network: to
     accelerator.wait_for_everyone()
 
 
-def _export(network: torch.nn.Module, ema: EMAModel, objective: Denoising, target: Path, dtype: str) -> None:
+def _export(network: torch.nn.Module, ema: EMAModel, objective: Objective, target: Path, dtype: str) -> dict[str, Any]:
     ema.store(network.parameters())
     ema.copy_to(network.parameters())
-    torch.nn.Module.to(network, getattr(torch, dtype)).save_pretrained(target)
-    torch.nn.Module.float(network)
+    facts = objective.facts(network)
+    objective.export(network, target, getattr(torch, dtype))
     ema.restore(network.parameters())
-    objective.scheduler.save_pretrained(target / "scheduler")
+    return facts

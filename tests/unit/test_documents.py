@@ -88,10 +88,16 @@ def check(command, naming=False):
     arguments, rest = parser.parse_known_args(words)
     if rest and (not hasattr(arguments, "words") or any(word.startswith("-") for word in rest)):
         raise ValueError(f"unrecognized arguments: {rest}")
-    schema = SCHEMAS.get(getattr(arguments, "schema", verb))
+    action = getattr(arguments, "action", None)
+    schema = SCHEMAS.get(getattr(arguments, "schema", verb if action is None else f"{verb}-{action}"))
     if schema is None:
         return
-    config = read_config(getattr(diffrep.config, schema), [*arguments.words, *rest])
+    given = [*arguments.words, *rest]
+    if action == "match":
+        images = [word for word in given if "=" not in word and not word.endswith(".yaml")]
+        assert len(images) == 2
+        given = [word for word in given if word not in images]
+    config = read_config(getattr(diffrep.config, schema), given)
     folder = config.folder if verb == "probe" else Path(config.out)
     assert not folder.is_absolute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,17 +20,22 @@ from diffrep.config import (
     digest,
     to_plain,
 )
+from diffrep.correspond.geometric import draw_warps, match_warps
+from diffrep.correspond.matcher import Matcher, pixel_matcher
 from diffrep.data import ImageSet, open_images
 from diffrep.extract import Extractor
 from diffrep.extract.job import ExtractJob
 from diffrep.probe.run import Probe
 from diffrep.report import PICTURES, pca_rgb
+from diffrep.report.matches import MATCHES
 from diffrep.store import FeatureStore
 
 BACKBONE = "fashion-unet"
 LEVELS = (1, 5, 10, 20, 50, 100, 200, 300)
 ATTENTION = TrainedConfig(width=96, depth=1, heads=4, epochs=12, flip=True)
 PICTURED = 4
+# Geometric matching: images, their kinds of warps, and the level whose maps are compared.
+WARPED, KINDS, WARP_LEVEL = 100, ("affine", "tps"), 20
 
 
 def demo(out: Path, limit: int | None = None) -> dict[str, Any]:
@@ -48,29 +53,33 @@ def demo(out: Path, limit: int | None = None) -> dict[str, Any]:
     data = DataConfig(path="fashion-demo", size=32, fit="pad", limit=limits)
     backbone = load_backbone(BACKBONE)
 
-    print("1/5 features of every block at 8 timesteps")
+    print("1/6 features of every block at 8 timesteps")
     store = _extract(data, backbone, FeatureRequest("blocks", LEVELS, pool=4), out, "features")
     # A small limit may leave a class without a test image.
     config = ProbeConfig(store=store.path, out=out, max_iter=40, missing="allow", trained={"attention": ATTENTION})
     probe = Probe(store, config, f"{BACKBONE} on {len(store):,} Fashion-MNIST images")
-    print("2/5 linear probe and kNN on each of them")
+    print("2/6 linear probe and kNN on each of them")
     probe.sweep()
     linear = probe.score("logistic").reading
     probe.score("knn")
 
-    print("3/5 baselines: raw pixels, and the same network untrained")
+    print("3/6 baselines: raw pixels, and the same network untrained")
     probe.baseline("pixels")
     probe.baseline("untrained")
 
-    print("4/5 attention-pooled head on the best layer")
+    print("4/6 attention-pooled head on the best layer")
     maps = _extract(data, backbone, FeatureRequest(linear.layer, linear.level, pool=8), out, "maps")
     probe.train("attention", maps)
 
-    print("5/5 pictures and report")
-    _draw(out / PICTURES, backbone, open_images(data, backbone.image_channels))
+    print("5/6 geometric matching: images against warps of themselves")
+    images = open_images(data, backbone.image_channels)
+    more = _match_warps(out / MATCHES, backbone, images)
+
+    print("6/6 pictures and report")
+    _draw(out / PICTURES, backbone, images)
     seconds = time.perf_counter() - began
     notes = [f"The whole run took {seconds:.0f} s on {torch.get_num_threads()} threads ({backbone.device})."]
-    return probe.finish(notes)
+    return probe.finish(notes, **more)
 
 
 def _extract(data: DataConfig, backbone: Backbone, request: FeatureRequest, out: Path, name: str) -> FeatureStore:
@@ -84,6 +93,17 @@ def _extract(data: DataConfig, backbone: Backbone, request: FeatureRequest, out:
         batch_size=100,
     )
     return ExtractJob(config, backbone).run()
+
+
+def _match_warps(file: Path, backbone: Backbone, images: ImageSet) -> dict[str, Any]:
+    """Matches the first test images with warps of themselves, draws some, and returns the metrics."""
+    warped = images.subset(list(images.splits["test"])[:WARPED])
+    blocks = Matcher(backbone.name, backbone, FeatureRequest("blocks", WARP_LEVEL, dtype="float32"))
+    matchers = [blocks, pixel_matcher(7, backbone.image_channels)]
+    rows = match_warps(matchers, warped, KINDS)
+    listed, drawn = draw_warps(blocks, warped, rows, KINDS, 8, 0, PICTURED)
+    np.savez_compressed(file, **drawn)
+    return {"geometric": rows, "correspondence": {"scores": [], "pictures": listed}}
 
 
 def _draw(file: Path, backbone: Backbone, images: ImageSet) -> None:
