@@ -20,6 +20,7 @@ _HOMES = {
     "BackboneConfig": "config",
     "CorrespondConfig": "config",
     "DataConfig": "config",
+    "DistillConfig": "config",
     "ExtractConfig": "config",
     "FeatureRequest": "config",
     "FeedbackConfig": "config",
@@ -73,6 +74,7 @@ _HOMES = {
     "FlowSchedule": "noise",
     "SigmaSchedule": "noise",
     "FeatureStore": "store",
+    "load_adapters": "train",
     "run_train": "train",
 }
 __all__ = ["__version__", *_HOMES]

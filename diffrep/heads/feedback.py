@@ -67,7 +67,7 @@ class FeedbackNetwork(nn.Module):
         self.feedback = _feedback_layers([(shapes[source][0], shapes[target][0]) for source, target in self.pairs])
         self.to(backbone.device)
         addresses = backbone.addresses(self.read.values())
-        self._recorder = _Attached(backbone.network, [addresses[name] for name in self.read.values()])
+        self._recorder = Recorder(backbone.network, [addresses[name] for name in self.read.values()], detach=False)
 
     @property
     def trained(self) -> FeedbackHead:
@@ -309,18 +309,6 @@ def read_names(backbone: Backbone, read: Sequence[str] | Mapping[str, str]) -> d
     if isinstance(read, Mapping):
         return {name: _one(backbone, address) for name, address in read.items()}
     return {address: address for address in backbone.addresses(read)}
-
-
-class _Attached(Recorder):
-    """Reads that keep their gradients."""
-
-    def _keep(self, index: int, tensor: torch.Tensor) -> None:
-        first = index not in self._found
-        try:
-            super()._keep(index, tensor)
-        finally:  # the last read ends the pass with an exception
-            if first:
-                self._found[index] = tensor.clone()
 
 
 def _feedback_layers(channels: Sequence[Sequence[int]]) -> nn.ModuleList:

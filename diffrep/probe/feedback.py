@@ -41,7 +41,7 @@ EVALUATION = 0
 # Keys that may differ between a run and its resume; `epochs` too, so that a run can be drawn out.
 FREE_KEYS = ("out", "epochs", "workers", "loggers")
 # Of the backbone's settings, those that a card needs to open it again.
-OPTIONS = ("family", "config", "codec", "schedule", "revision")
+OPTIONS = ("family", "config", "weights", "codec", "schedule", "revision")
 
 
 def run_feedback(config: FeedbackConfig, backbone: Backbone | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -35,7 +36,10 @@ class Cost:
 
 
 def cost_of(pairs: Iterable[tuple[str, str]], store: FeatureStore) -> Cost:
-    """Returns the least cost of features: each level is one forward, which ends after its deepest layer."""
+    """Returns the least cost of features: each level is one forward, which ends after its deepest layer.
+
+    Levels of a trajectory share the whole forwards that lead to them, so the last one alone counts.
+    """
     about, costs = store.meta["layers"], store.meta.get("costs")
     pairs = list(pairs)
     if not pairs:
@@ -46,7 +50,12 @@ def cost_of(pairs: Iterable[tuple[str, str]], store: FeatureStore) -> Cost:
     for layer, level in pairs:
         deepest[level] = max(deepest.get(level, 0.0), about[layer]["cost"])
     draws = costs["draws"] if costs else dict.fromkeys(deepest, 1)
-    forwards = sum(share * draws[level] for level, share in deepest.items())
+    before = (costs or {}).get("before", {})
+    runs: dict[str, float] = {}
+    for level, share in deepest.items():
+        run = re.sub(r"\d+/", "/", level) if level in before else level
+        runs[run] = max(runs.get(run, 0.0), (before.get(level, 0) + share) * draws[level])
+    forwards = sum(runs.values())
     flops = costs["encode_flops"] + forwards * costs["network_flops"] if costs else None
     return Cost(taken, forwards, flops)
 

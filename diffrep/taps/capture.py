@@ -34,12 +34,14 @@ class Recorder:
     Args:
         network: Network to read.
         addresses: What to read; a module that is called several times in one pass is read at its first call.
+        detach: Take the tensors out of the graph; else gradients flow through them.
 
     Raises:
         LayerError: A module does not have the point that an address names.
     """
 
-    def __init__(self, network: nn.Module, addresses: Iterable[Address]):
+    def __init__(self, network: nn.Module, addresses: Iterable[Address], detach: bool = True):
+        self.detach = detach
         self.addresses = list(dict.fromkeys(addresses))
         self._maps = AttentionMaps(self._keep)
         # Made once, registered as often as wanted: compiled code goes on with the hooks that it was traced with.
@@ -144,7 +146,7 @@ class Recorder:
     def _keep(self, index: int, tensor: torch.Tensor) -> None:
         if index in self._found:
             return
-        self._found[index] = tensor.detach().clone()
+        self._found[index] = (tensor.detach() if self.detach else tensor).clone()
         if self._stop and len(self._found) == len(self.addresses):
             raise _AllCaptured
 

@@ -20,8 +20,8 @@ from diffrep.config import DistillConfig, LevelSpec
 from diffrep.data import ImageSet
 from diffrep.errors import ConfigError, LayerError
 from diffrep.extract.job import open_backbone
-from diffrep.heads.feedback import _Attached
 from diffrep.noise import DiscreteSchedule, Schedule, mix
+from diffrep.taps import Recorder
 from diffrep.train.adapters import TimeAdapters, TimeAxis, positions, save_adapters
 from diffrep.train.conditions import Conditions
 from diffrep.train.objective import Objective
@@ -58,7 +58,7 @@ class Student(nn.Module):
         self.adapters = TimeAdapters(_channels(teacher, self.addresses), axis, config.adapter)
         self.to(teacher.device)
         # torch.compile ignores hooks that come after it.
-        self._recorder = _Attached(self.network, self.addresses.values()).register()
+        self._recorder = Recorder(self.network, self.addresses.values(), detach=False).register()
         self._freeze_unreached(config.learn_time)
 
     @property

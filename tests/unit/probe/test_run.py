@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from diffrep import FeatureStore, run_probe
-from diffrep.config import ExtractConfig, LowDataConfig, ProbeConfig, SGDConfig, TrainedConfig
+from diffrep.config import (
+    DataConfig,
+    ExtractConfig,
+    FeatureRequest,
+    LowDataConfig,
+    ProbeConfig,
+    SGDConfig,
+    TrainedConfig,
+)
 from diffrep.errors import ConfigError, DataError, DiffrepError, StoreError, UnknownNameError
+from diffrep.extract.job import ExtractJob
 from diffrep.heads import load_head
 from diffrep.probe import Reading, Task, judge, make_task, readings
+from diffrep.probe.scores import cost_of
 from diffrep.probe.sweep import choose
 
 ALL_HEADS = ("logistic", "sgd", "ridge", "knn", "ncm")
@@ -313,3 +323,15 @@ def test_the_report_shows_the_images_that_the_store_was_made_from(tmp_path):
     assert metrics["scores"][0]["flops"] == pytest.approx(share * store.meta["costs"]["network_flops"])
     (tmp_path / "store" / "config.yaml").unlink()
     assert "no test images" in run_probe(config(store.path, missing="allow", finalists=1))["notes"][0]
+
+
+def test_levels_of_a_trajectory_share_what_leads_to_them(unet, image_folder, tmp_path):
+    request = FeatureRequest("mid_block", ["inversion 1/4", "inversion 2/4"], noise="inversion", pool="mean")
+    data = DataConfig(path=str(image_folder), limit=2)
+    job = ExtractJob(ExtractConfig(backbone="net", data=data, request=request, out=str(tmp_path / "store")), unet)
+    store, plan = job.run(), job.plan()
+    share = plan.costs["mid_block"]
+    both = cost_of([("mid_block", level) for level in store.levels], store)
+    assert both.flops == pytest.approx(plan.flops)
+    assert both.forwards == pytest.approx(2 + share)
+    assert cost_of([("mid_block", "inversion 1/4")], store).forwards == pytest.approx(1 + share)

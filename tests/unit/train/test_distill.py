@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from diffrep import FeatureRequest, dist, load_backbone, run_train
-from diffrep.backbones.saving import options_of, save_backbone
 from diffrep.config import (
     AdapterConfig,
     BackboneConfig,
@@ -393,30 +392,8 @@ def test_half_precision_and_a_time_that_is_not_learned(folders, image_folder, tm
     assert note["load_backbone"] == {}
 
 
-@pytest.mark.parametrize(
-    "kind", ["unet2d", "unet2d-condition", "transformer2d", "sd3", "diffusers-dit", "dit", "sit", "repa", "adm", "edm"]
-)
-def test_backbones_are_saved_as_they_are(folders, tmp_path, kind):
-    family = kind if kind == "diffusers-dit" else None
-    backbone = load_backbone(folders("dit" if family else kind), family=family, device="cpu")
-    stir(backbone.network)
-    state = {name: tensor.clone() for name, tensor in backbone.network.state_dict().items()}
-    save_backbone(backbone, backbone.network, tmp_path)
-    again = load_backbone(tmp_path, device="cpu", **options_of(backbone))
-    assert type(again) is type(backbone)
-    assert again.schedule.describe() == backbone.schedule.describe()
-    assert again.codec.describe() == backbone.codec.describe()
-    for name, tensor in backbone.network.state_dict().items():
-        assert torch.equal(tensor, state[name]), f"{name} was changed by saving"
-        assert torch.equal(again.network.state_dict()[name], tensor), name
-    assert again.weights_hash == backbone.weights_hash
-
-
-def test_what_cannot_be_saved(folders, tmp_path):
-    pixels = load_backbone("pixels", family="pixels", device="cpu")
+def test_teachers_that_could_not_be_written(tmp_path):
     with pytest.raises(ConfigError, match="a ModuleBackbone, which cannot be written as a folder"):
-        save_backbone(pixels, pixels.network, tmp_path)
-    with pytest.raises(ConfigError, match="cannot be written as a folder"):
         Distillation(DistillConfig(teacher=BackboneConfig(source="pixels", family="pixels"), layers="patches"), CPU)
 
 
@@ -547,38 +524,6 @@ def test_settings_that_contradict_each_other(folders, image_folder):
         Distillation(distill(folders("unet2d"), times=[5, 5]), CPU)
     with pytest.raises(ConfigError, match="integer timesteps 0 to 999"):
         Distillation(distill(folders("unet2d"), times=[5, 1000]), CPU)
-
-
-# Weights of another file ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["unet2d-condition", "sit", "edm"])
-def test_weights_of_a_file_take_the_place_of_a_folders(folders, tmp_path, kind):
-    backbone = load_backbone(folders(kind), device="cpu")
-    stir(backbone.network)
-    file = tmp_path / "clean.safetensors"
-    save_file(backbone.network.state_dict(), file)
-    again = load_backbone(folders(kind), weights=file, device="cpu")
-    assert again.weights_hash == backbone.weights_hash != load_backbone(folders(kind), device="cpu").weights_hash
-    assert again.codec.describe() == backbone.codec.describe()
-    assert load_backbone(**BackboneConfig(source=folders(kind), weights=file, device="meta").model_dump()).layers()
-
-
-def test_weights_that_do_not_fit(folders, tmp_path):
-    file = tmp_path / "clean.safetensors"
-    state = load_backbone(folders("unet2d"), device="cpu").network.state_dict()
-    state["extra"] = state.pop("conv_in.bias")
-    state["conv_out.bias"] = torch.zeros(5)
-    save_file(state, file)
-    for device in ("cpu", "meta"):
-        with pytest.raises(CheckpointError, match="missing: conv_in.bias.*unexpected: extra.*shape: conv_out.bias"):
-            load_backbone(folders("unet2d"), weights=file, device=device)
-    with pytest.raises(CheckpointError, match="look like a U-Net of diffusers.*not sit"):
-        load_backbone(folders("sit"), weights=file, device="cpu")
-    with pytest.raises(CheckpointError, match="no such file"):
-        load_backbone(folders("unet2d"), weights=tmp_path / "none.safetensors", device="cpu")
-    with pytest.raises(ConfigError, match="weights and init_seed"):
-        load_backbone(folders("unet2d"), weights=file, init_seed=0, device="cpu")
 
 
 def test_distances():
