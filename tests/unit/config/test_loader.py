@@ -4,13 +4,17 @@ import pytest
 
 from diffrep.cli.validate import SCHEMAS as VERBS
 from diffrep.config import (
+    AggregateConfig,
+    CorrespondConfig,
     ExtractConfig,
     FeatureRequest,
     FeedbackConfig,
+    MatchConfig,
     ProbeConfig,
     SearchConfig,
     TrainConfig,
     VtabConfig,
+    WarpConfig,
     load_config,
     to_plain,
     to_yaml,
@@ -116,10 +120,21 @@ SCHEMAS = {
     "feedback": (FeedbackConfig, ["backbone=B", "data=X", "out=Y", "levels=[90]", "read=[up_blocks.1]"]),
     "vtab": (VtabConfig, ["backbone=B", "data=X", "out=Y"]),
     "train": (TrainConfig, ["data=X", "out=Y"]),
+    "correspond-evaluate": (CorrespondConfig, ["backbone=B", "pairs=X", "out=Y"]),
+    "correspond-train": (AggregateConfig, ["backbone=B", "pairs=X", "val_pairs=Z", "out=Y"]),
+    "correspond-match": (MatchConfig, ["backbone=B", "out=Y"]),
+    "correspond-warp": (WarpConfig, ["backbone=B", "data=X", "out=Y"]),
 }
+# Configs of a folder that serves several actions; the others are of its first.
+ACTIONS = {"hyperfeatures.yaml": "correspond-train", "cats_train.yaml": "correspond-train"}
 
 
-SHIPPED = [(file.parent.name, file) for file in sorted(CONFIGS.rglob("*.yaml"))]
+def verb_of(file):
+    folder = file.parent.name
+    return ACTIONS.get(file.name, "correspond-evaluate") if folder == "correspond" else folder
+
+
+SHIPPED = [(verb_of(file), file) for file in sorted(CONFIGS.rglob("*.yaml"))]
 WORDS = {"fashion_full.yaml": ["trained.attention.store=Z"]}
 
 
@@ -162,6 +177,17 @@ CHANGES = {
     ],
     "feedback": ["pairs=[[up_blocks.0,down_blocks.1],[a,b]]", "head.kind=linear", "lr=1e-5", "test_split=null"],
     "train": ["model.args={sample_size: 32, norm: null}", "data.splits=train", "steps=3", "clip=0.5"],
+    "correspond-evaluate": [
+        "request.layers=blocks", "request.levels=[hf.inversion 9/10]", "request.noise=inversion", "join=true",
+        "protocols=[geoaware-soft,{base: dift, threshold: points}]", "beside.other.backbone=C", "alphas=0.2",
+        "pairs.images=[8,16]", "pairs.kind=cats", "pairs.crop_scale=2",
+    ],
+    "correspond-train": [
+        "request.layers=blocks", "request.levels=[5]", "protocol={base: hyperfeatures, threshold: image}",
+        "loss=sparse", "groups=4", "width=64", "patience=3",
+    ],
+    "correspond-match": ["request.layers=blocks", "request.levels=[5]", "points=[[3,4],[5.5,6]]", "mutual=false"],
+    "correspond-warp": ["request.layers=blocks", "request.levels=[5]", "kinds=tps", "patch=null", "data.size=32"],
 }  # fmt: skip
 
 
