@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diffrep import FeatureStore
+from diffrep import FeatureRequest, FeatureStore, dist, load_backbone
 from diffrep.cli import main
+from diffrep.config import DataConfig
+from diffrep.demo import BACKBONE, _extract
 
 
 def run(*words, check):
@@ -52,7 +54,7 @@ def words(unet_folder, image_folder):
 @pytest.fixture(scope="module")
 def store(words, tmp_path_factory):
     out = tmp_path_factory.mktemp("reference") / "store"
-    run("extract", *words, f"out={out}", check=0)
+    assert main(["extract", *words, f"out={out}"]) == 0
     return out
 
 
@@ -236,7 +238,7 @@ def test_words_behind_an_option(capsys, words, tmp_path):
 
 
 @pytest.mark.mp
-def test_two_processes_train_the_same_network(unet_folder, image_folder, tmp_path):
+def test_two_processes_train_the_same_network(unet_folder, image_folder, tmp_path, two_processes, monkeypatch, capsys):
     from safetensors.torch import load_file
 
     from diffrep.config import to_yaml
@@ -246,8 +248,9 @@ def test_two_processes_train_the_same_network(unet_folder, image_folder, tmp_pat
     arguments = {key: list(v) if isinstance(v, tuple) else v for key, v in TINY["unet2d"][1].items()}
     file.write_text(to_yaml({"model": {"args": arguments}}))
     words = ["train", file, f"data={image_folder}", "data.splits=train", "steps=4", "batch_size=4", "warmup=0"]
-    run(*words, f"out={tmp_path / 'one'}", check=0)
-    assert "in 2 processes" in run(*words, f"out={tmp_path / 'two'}", "--nproc", 2, check=0).stderr
+    call(capsys, *words, f"out={tmp_path / 'one'}", check=0)
+    monkeypatch.setattr(dist, "launch", two_processes.launch)
+    assert "in 2 processes" in call(capsys, *words, f"out={tmp_path / 'two'}", "--nproc", 2, check=0).err
     one, two = (load_file(tmp_path / n / "model" / "diffusion_pytorch_model.safetensors") for n in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3)
@@ -270,12 +273,21 @@ def test_ls_env_validate_and_version(capsys, words):
 
 
 @pytest.mark.slow
-def test_demo_in_small(tmp_path):
-    done = run("demo", "--limit", 100, "--out", tmp_path / "demo", check=0)
-    assert "report:" in done.stdout
-    metrics = json.loads((tmp_path / "demo" / "results.json").read_text())["metrics"]
+def test_demo_in_small(capsys, tmp_path):
+    out = tmp_path / "demo"
+    assert "report:" in call(capsys, "demo", "--limit", 100, "--out", out, check=0).out
+    metrics = json.loads((out / "results.json").read_text())["metrics"]
     names = [score["name"] for score in metrics["scores"]]
     assert names == ["linear", "kNN", "linear on raw pixels", "linear on the untrained network", "attention pool"]
     assert len(metrics["cells"]) == 9 * 8 * 2, "linear and kNN"
-    # Again in the same folder, with other images: other stores, no refusal.
-    run("demo", "--limit", 110, "--out", tmp_path / "demo", check=0)
+
+
+def test_the_demo_with_other_images_takes_another_store(tmp_path):
+    """In the folder of an earlier run: a store of its own, no refusal; the same images take the same store again."""
+    backbone, request = load_backbone(BACKBONE, device="cpu"), FeatureRequest("mid_block", 5, pool=4)
+    limits = {"train": 8, "test": 2}, {"train": 8, "test": 3}
+    few, more = (DataConfig(path="fashion-demo", size=32, fit="pad", limit=limit) for limit in limits)
+    first, second, again = (_extract(data, backbone, request, tmp_path, "maps") for data in (few, more, few))
+    assert (len(first), len(second)) == (10, 11)
+    assert first.path == again.path != second.path
+    assert sorted(tmp_path.iterdir()) == sorted([first.path, second.path])

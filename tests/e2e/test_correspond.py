@@ -1,9 +1,6 @@
 """`diffrep correspond` as a user types it, and on two processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -129,18 +126,14 @@ def test_one_clear_line_for_each_mistake(capsys, words, tmp_path, action, change
 
 
 @pytest.mark.mp
-def test_two_processes(words, pairs, tmp_path):
+def test_two_processes(words, pairs, tmp_path, two_processes):
     """The same predictions and scores, and the same network."""
     evaluate = [*words, *rules("pictures=1")]
     train = [*words, f"val_pairs={pairs}", "width=16", "groups=2", "pairs_per_step=2", "epochs=2", "alpha=0.2"]
     train.append("protocol={base: dift, threshold: points}")
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
     outs = [f"out={tmp_path / 'two'}", "--", *train, f"out={tmp_path / 'net2'}"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *evaluate, *outs], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = two_processes.run(*evaluate, *outs, source=SCRIPT)
+    assert done.codes == [0, 0], done.err
     alone = run_evaluate(load_config(CorrespondConfig, [], [*evaluate, f"out={tmp_path / 'one'}"]))
     both = json.loads((tmp_path / "two" / "results.json").read_text())["metrics"]
     assert both["correspondence"]["scores"] == json.loads(json.dumps(alone["correspondence"]["scores"]))

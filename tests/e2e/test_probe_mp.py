@@ -1,16 +1,14 @@
 """`diffrep probe` on several processes gives what one process gives."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
-from diffrep import FeatureStore
+from diffrep import FeatureStore, dist
+from diffrep.cli import main
 from diffrep.config import ProbeConfig
 from diffrep.heads import load_head
 from diffrep.probe import make_task
@@ -23,12 +21,19 @@ TRAIN, TEST, CLASSES = 301, 600, 3
 LEVEL = "t=50"
 
 
-def run(*words, check=0):
-    """Runs the command in a process of its own, as a shell does."""
-    command = [sys.executable, "-m", "diffrep", "probe", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == check, done.stdout + done.stderr
-    return done
+@pytest.fixture
+def run(capsys, monkeypatch, two_processes):
+    """Runs the command in this process, and what it launches in two others; returns (stdout, stderr)."""
+    monkeypatch.setattr(dist, "launch", two_processes.launch)
+
+    def probe(*words, check=0):
+        capsys.readouterr()
+        status = main(["probe", *map(str, words)])
+        done = capsys.readouterr()
+        assert status == check, done.out + done.err
+        return done
+
+    return probe
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,7 @@ def stored_scores(folder):
         return file.get_tensor("scores")
 
 
-def test_two_processes_judge_alike_and_train_alike(store, tmp_path):
+def test_two_processes_judge_alike_and_train_alike(run, store, tmp_path):
     trained = [
         # Without dropout, and with SGD, which does not enlarge rounding, only the order of sums is left to differ.
         "trained.conv={epochs: 8, width: 8, dropout: 0, optimizer: sgd, lr: 0.5, batch_size: 64}",
@@ -91,8 +96,8 @@ def test_two_processes_judge_alike_and_train_alike(store, tmp_path):
     run(*words(store, tmp_path / "one", 1, *more))
     two = run(*words(store, tmp_path / "two", 2, *more))
     # A launcher that starts one process and says nothing would pass the comparison.
-    assert "train conv in 2 processes" in two.stderr
-    assert len([line for line in two.stderr.splitlines() if "train conv" in line and "0/8" in line]) == 1
+    assert "train conv in 2 processes" in two.err
+    assert len([line for line in two.err.splitlines() if "train conv" in line and "0/8" in line]) == 1
     first, second = scores_in(tmp_path / "one"), scores_in(tmp_path / "two")
     assert list(first) == list(second)
     for name in ("linear", "kNN", "ridge"):
@@ -120,7 +125,7 @@ def test_two_processes_judge_alike_and_train_alike(store, tmp_path):
             torch.testing.assert_close(value, pair[1][key], atol=2e-3, rtol=1e-3)
 
 
-def test_batches_must_divide(store, tmp_path):
+def test_batches_must_divide(run, store, tmp_path):
     linear = "trained.linear={epochs: 1, batch_size: 65}"
     done = run(*words(store, tmp_path / "run", 2, "heads=[ridge]", linear), check=1)
-    assert "batch_size 65 does not divide among 2 processes" in done.stderr
+    assert "batch_size 65 does not divide among 2 processes" in done.err

@@ -1,11 +1,13 @@
 """`diffrep search` as a user types it."""
 
+import contextlib
+import io
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from diffrep import dist
+from diffrep.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +30,18 @@ def words(unet_folder, image_folder):
 
 
 def run(*words, check):
-    command = [sys.executable, "-m", "diffrep", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == check, done.stdout + done.stderr
-    return done
+    """Runs the command in this process and returns (stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(word) for word in words])
+    assert status == check, out.getvalue() + err.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
 def alone(words, tmp_path_factory):
     out = tmp_path_factory.mktemp("search") / "run"
-    return out, run(*words, f"out={out}", check=0).stdout
+    return out, run(*words, f"out={out}", check=0)[0]
 
 
 def found(out):
@@ -56,16 +60,17 @@ def test_a_line_for_each_rung_and_the_table_of_a_probe(alone):
 
 
 def test_dry_run_writes_nothing(words, tmp_path):
-    text = run(*words, f"out={tmp_path / 'run'}", "--dry-run", "--nproc", 2, check=0).stdout
+    text, _ = run(*words, f"out={tmp_path / 'run'}", "--dry-run", "--nproc", 2, check=0)
     assert [line.split()[0] for line in text.splitlines()] == ["grid", "rung", "all", "ranking", "total", "full"]
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.mp
-def test_two_processes_find_the_same(words, alone, tmp_path):
-    done = run(*words, f"out={tmp_path / 'run'}", "--nproc", 2, check=0)
-    assert "in 2 processes" in done.stderr
-    assert done.stdout.count("rung 1 of 1") == 1
+def test_two_processes_find_the_same(words, alone, tmp_path, two_processes, monkeypatch):
+    monkeypatch.setattr(dist, "launch", two_processes.launch)
+    out, err = run(*words, f"out={tmp_path / 'run'}", "--nproc", 2, check=0)
+    assert "in 2 processes" in err
+    assert out.count("rung 1 of 1") == 1
     one, two = found(alone[0]), found(tmp_path / "run")
     assert one["search"]["winner"] == two["search"]["winner"]
     assert one["search"]["cost"] == two["search"]["cost"]
@@ -75,5 +80,5 @@ def test_two_processes_find_the_same(words, alone, tmp_path):
 
 
 def test_errors_are_one_message(words, alone, tmp_path):
-    assert "keep=4 would keep the whole grid" in run(*words, f"out={tmp_path}", "keep=4", check=2).stderr
-    assert "seed: 0 there, 1 now" in run(*words, f"out={alone[0]}", "seed=1", check=2).stderr
+    assert "keep=4 would keep the whole grid" in run(*words, f"out={tmp_path}", "keep=4", check=2)[1]
+    assert "seed: 0 there, 1 now" in run(*words, f"out={alone[0]}", "seed=1", check=2)[1]

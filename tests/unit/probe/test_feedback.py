@@ -4,11 +4,8 @@ import argparse
 import csv
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffrep import dist
 from diffrep.cli import feedback as verb
+from diffrep.cli import main
 from diffrep.config import read_results
 from diffrep.config.feedback import FeedbackConfig
 from diffrep.data import open_images
@@ -77,12 +76,17 @@ def weights(config, seed=0):
     return load_file(config_folder(config) / "heads" / f"DifFeed-seed-{seed}" / "model.safetensors")
 
 
-def killed_at(config, file, evaluation):
+@pytest.fixture
+def killed_at(tmp_path, two_processes):
     """Runs in a process of its own, which dies when it scores for the nth time."""
-    file.write_text(config.model_dump_json())
-    command = [sys.executable, "-c", KILLED, str(file), str(evaluation)]
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == -9, process.stderr
+
+    def run(config, evaluation):
+        file = tmp_path / "killed.yaml"
+        file.write_text(config.model_dump_json())
+        done = two_processes.run(file, evaluation, source=KILLED, ranks=1)
+        assert done.codes == [-9], done.err
+
+    return run
 
 
 def log_of(config, seed=0):
@@ -122,10 +126,10 @@ def test_images_in_results_and_report_out(config):
         open_feedback(out, seed=7)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(config, tmp_path):
+def test_a_killed_run_goes_on_as_if_nothing_had_been(config, killed_at):
     whole, killed = config("whole"), config("killed")
     run_feedback(whole)
-    killed_at(killed, tmp_path / "killed.yaml", 3)
+    killed_at(killed, 3)
     assert not (config_folder(killed) / "results.json").exists()
     reached = torch.load(config_folder(killed) / "seed-0" / "last.ckpt", weights_only=True)
     assert reached["epoch"] == 1
@@ -135,12 +139,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(config, tmp_path):
     assert found[0] == found[1]
 
 
-def test_a_kill_after_early_stopping_trains_no_further(config, tmp_path):
+def test_a_kill_after_early_stopping_trains_no_further(config, killed_at):
     options = {"epochs": 9, "patience": 2, "lr": 1e-9}  # nothing gets better than the first epoch
     whole, killed = config("whole", **options), config("killed", **options)
     run_feedback(whole)
     assert [int(row["epoch"]) for row in log_of(whole)] == [1, 2, 3]
-    killed_at(killed, tmp_path / "killed.yaml", 4)  # the first test batch
+    killed_at(killed, 4)  # the first test batch
     assert not (config_folder(killed) / "heads").exists()
     run_feedback(killed)
     assert log_of(killed) == log_of(whole), "no epoch after the third"
@@ -280,7 +284,8 @@ def test_the_card_scores_images_as_the_run_did(config, head):
     assert "no part of these files" in text
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
     stored = load_file(out / "seed-0" / "scores.safetensors")
-    images = torch.stack([FeedbackRun(config).images[int(row)] for row in stored["rows"]])
+    run = FeedbackRun(config)
+    images = torch.stack([run.images[int(row)] for row in stored["rows"]])
     lines = ["images = given" if line.startswith("images =") else line for line in code.splitlines()]
     names = {"given": images}
     exec("\n".join(lines), names)
@@ -288,19 +293,20 @@ def test_the_card_scores_images_as_the_run_did(config, head):
 
 
 @pytest.mark.mp
-def test_two_processes_train_what_one_trains(config, tmp_path):
+def test_two_processes_train_what_one_trains(config, tmp_path, two_processes, monkeypatch, capsys):
     head = {"width": 8, "heads": 2, "depth": 1, "pool": 4}
     # Without dropout, and with SGD, which does not enlarge rounding, only the order of sums is left to differ.
     one, two = (config(name, head=head, optimizer="sgd", lr=0.1, epochs=3) for name in ("one", "two"))
     run_feedback(one)
     file = tmp_path / "two.yaml"
     file.write_text(two.model_dump_json())
-    command = [sys.executable, "-m", "diffrep", "feedback", str(file), "--nproc", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(dist, "launch", two_processes.launch)
+    capsys.readouterr()
+    status, done = main(["feedback", str(file), "--nproc", "2"]), capsys.readouterr()
+    assert status == 0, done.out + done.err
     # A launcher that starts one process and says nothing would pass the comparison.
-    assert "train seed-0 in 2 processes" in done.stderr
-    assert done.stdout.count("DifFeed") == 1
+    assert "train seed-0 in 2 processes" in done.err
+    assert done.out.count("DifFeed") == 1
     other = weights(two)
     for name, value in weights(one).items():
         torch.testing.assert_close(other[name], value, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")

@@ -2,10 +2,7 @@
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -312,24 +309,24 @@ def test_the_verb(words, capsys, tmp_path):
     assert printed.endswith(f"table: {tmp_path / 'run' / 'table.md'}\n")
 
 
+BOTH = """
+import sys
+from diffrep import dist
+from diffrep.config import load_config
+from diffrep.config.vtab import VtabConfig
+from diffrep.probe.vtab import run_vtab
+found = run_vtab(load_config(VtabConfig, [], sys.argv[1:]))
+assert dist.state().num_processes == 2
+assert bool(found) == dist.state().is_main_process
+dist.teardown()
+"""
+
+
 @pytest.mark.mp
-def test_two_processes(words, unet, make, tmp_path):
+def test_two_processes(words, unet, make, tmp_path, two_processes):
     """The same table, each written by one process."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, sys\n"
-        "from diffrep import dist\n"
-        "from diffrep.config import load_config\n"
-        "from diffrep.config.vtab import VtabConfig\n"
-        "from diffrep.probe.vtab import run_vtab\n"
-        "found = run_vtab(load_config(VtabConfig, [], sys.argv[1:]))\n"
-        "assert dist.state().num_processes == 2\n"
-        "assert bool(found) == dist.state().is_main_process\n"
-        "dist.teardown()\n"
-    )
     changes = "tasks=[eurosat,resisc45]", "unit_size=6"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *words(*changes)], check=True, env=environment, capture_output=True)
+    done = two_processes.run(*words(*changes), source=BOTH)
+    assert done.codes == [0, 0], done.err
     both = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
     assert both == run_vtab(make(*changes, f"out={tmp_path / 'one'}"), unet)

@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from diffrep import FeatureRequest, dist, load_backbone, run_train
+from diffrep.cli import main
 from diffrep.config import (
     AdapterConfig,
     BackboneConfig,
@@ -313,16 +312,16 @@ def test_the_learning_rate_may_stay(folders, image_folder):
 
 
 @pytest.mark.mp
-def test_two_processes_train_the_same_student(folders, image_folder, tmp_path):
+def test_two_processes_train_the_same_student(folders, image_folder, tmp_path, two_processes, monkeypatch, capsys):
     file = tmp_path / "train.yaml"
     file.write_text(to_yaml(config(folders("unet2d"), image_folder, "unused", steps=3)))
+    monkeypatch.setattr(dist, "launch", two_processes.launch)
     for out, processes in (("one", 1), ("two", 2)):
-        words = ["train", file, f"out={tmp_path / out}", "--nproc", processes]
-        done = subprocess.run(
-            [sys.executable, "-m", "diffrep", *map(str, words)], capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr
-        assert ("in 2 processes" in done.stderr) == (processes == 2)
+        capsys.readouterr()
+        status = main(["train", str(file), f"out={tmp_path / out}", "--nproc", str(processes)])
+        printed = capsys.readouterr().err
+        assert status == 0, printed
+        assert ("in 2 processes" in printed) == (processes == 2)
     models = [tmp_path / out / "model" for out in ("one", "two")]
     for file in ("diffusion_pytorch_model.safetensors", "distill.safetensors"):
         one, two = (load_file(model / file) for model in models)
