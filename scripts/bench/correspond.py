@@ -8,14 +8,13 @@ Runs everything in turn within each round and prints medians, so that a busy mac
    map of the image's size. The usual loop reads both images of a pair, enlarges both maps to the images' sizes, and
    compares one key point at a time, with the target's descriptors normalised anew (DIFT's eval_spair.py). It is run on
    some pairs and scaled up. Both predict the same points. The second row leaves the network out on both sides.
-2. Peak memory above the weights of the aggregation network, each case in a process of its own: maps of 12 layers in
-   the shapes of Stable Diffusion 1.5 at 256 pixels are made one timestep at a time.
+2. Peak memory above the weights of the aggregation network, each case in a process of its own (on Linux): maps of 12
+   layers in the shapes of Stable Diffusion 1.5 at 512 pixels are made one timestep at a time.
 3. 11 timesteps x 12 layers of one image: one encoding and 11 passes, against a script that encodes and runs the whole
    network for every timestep and layer, on a random pipeline of the classes of Stable Diffusion, smaller.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -38,8 +37,8 @@ from diffrep.heads.aggregation import AggregationNetwork
 ORIGINAL = (375, 500)
 SIDE = 64
 POINTS = 10
-# Channels and side of the 12 ResNet outputs of Stable Diffusion 1.5's decoder at 256 pixels.
-BLOCKS = [(1280, 4), (1280, 8), (640, 16), (320, 32)]
+# Channels and side of the 12 ResNet outputs of Stable Diffusion 1.5's decoder at 512 pixels.
+BLOCKS = [(1280, 8), (1280, 16), (640, 32), (320, 64)]
 LAYERS = {f"up_blocks.{block}.resnets.{i}": shape for block, shape in enumerate(BLOCKS) for i in range(3)}
 
 
@@ -109,23 +108,30 @@ def bench_pairs(options):
         print(f"{'evaluation' + name:28} ours {mine:7.2f} s   usual loop {usual:8.1f} s   ratio {usual / mine:6.1f}x")
 
 
+def resident(name):
+    """Returns what Linux says of this process's memory, in MB: "VmRSS" now, "VmHWM" at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(name))) / 1024
+
+
 def aggregate(levels, form):
     """Runs the network on maps of some timesteps and prints its peak memory above weights and imports, in MB."""
     names = [f"t={number}" for number in range(levels)]
-    network = AggregationNetwork({name: c for name, (c, _) in LAYERS.items()}, names, size=(32, 32)).eval()
+    network = AggregationNetwork({name: c for name, (c, _) in LAYERS.items()}, names, size=(64, 64)).eval()
 
     def maps():
         return {name: torch.rand(1, c, side, side) for name, (c, side) in LAYERS.items()}
 
     with torch.no_grad():
         F.conv2d(torch.rand(1, 1280, 8, 8), torch.rand(8, 1280, 1, 1))  # the kernels' own workspace
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+        before = resident("VmRSS")
         if form == "stream":
             network.stream((name, maps()) for name in names)
         else:
-            resized = [F.interpolate(one, (32, 32), mode="bilinear") for _ in names for one in maps().values()]
+            resized = [F.interpolate(one, (64, 64), mode="bilinear") for _ in names for one in maps().values()]
             network(torch.cat(resized, dim=1))
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident("VmHWM") - before)
 
 
 def bench_memory(options):
