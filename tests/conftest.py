@@ -118,3 +118,16 @@ def image_folder(tmp_path_factory):
 def cond(kind):
     """A condition that the parametrised backbone accepts, for one image."""
     return torch.randn(5, 12, generator=torch.Generator().manual_seed(3)) if kind == "unet2d-condition" else None
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """Folders of tiny backbones, by kind, each made when it is asked for; nothing may be changed in them."""
+    made = {}
+
+    def folder(kind):
+        if kind not in made:
+            made[kind] = save_tiny(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return folder

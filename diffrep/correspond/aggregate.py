@@ -21,11 +21,12 @@ from diffrep.extract.job import open_backbone
 from diffrep.heads import save_head
 from diffrep.heads.aggregation import AggregationNetwork
 from diffrep.probe.feedback import OPTIONS
+from diffrep.probe.trained import claim_run
 from diffrep.probe.trained_data import CHECKPOINT
 from diffrep.report import write_report
-from diffrep.store.layout import changes, read_json, write_json, write_whole
+from diffrep.store.layout import write_whole
 
-HEAD, RUN = "head", "run.json"
+HEAD = "head"
 # What may differ between a run and its resume: none of it changes a number.
 FREE_KEYS = ("out", "loggers", "workers", "unit_size", "batch_size", "live", "checkpoint")
 
@@ -144,20 +145,9 @@ def _finish(
 
 def _claim(out: Path, config: AggregateConfig, sets: dict[str, PairSet], backbone: Backbone) -> None:
     """Takes the run folder, or refuses one that holds another run."""
-    state, stored = dist.state(), out / RUN
     plain = {name: value for name, value in to_plain(config).items() if name not in FREE_KEYS}
     plain |= {f"{name}_images": pairs.fingerprint() for name, pairs in sets.items()}
     plain["weights"] = backbone.weights_hash
-    if stored.exists() and (out / CHECKPOINT).exists():
-        differ = changes(read_json(stored), plain)
-        if differ:
-            raise ConfigError(
-                f"{out} holds a network that was trained otherwise ({'; '.join(differ)}); give another out, take the "
-                "same settings, or remove that folder"
-            )
-    state.wait_for_everyone()  # all have looked before one writes
-    if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(stored, plain)
+    claim_run(out, plain, (out / CHECKPOINT).exists(), "network")
+    if dist.state().is_main_process:
         write_whole(out / "config.yaml", to_yaml(config).encode())
-    state.wait_for_everyone()

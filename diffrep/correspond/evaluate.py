@@ -15,7 +15,7 @@ from diffrep.backbones import Backbone
 from diffrep.config import write_results
 from diffrep.config.correspond import CorrespondConfig
 from diffrep.correspond.descriptor import Cell, Descriptor, Sides
-from diffrep.correspond.pck import PCK, pck
+from diffrep.correspond.pck import AVERAGES, PCK, pck
 from diffrep.correspond.pictures import draw_co_pca, draw_matches
 from diffrep.correspond.pose import partners_of
 from diffrep.correspond.predict import Question, predict_all
@@ -196,12 +196,15 @@ def table(metrics: dict[str, Any]) -> str:
     width = max(len(one["name"]) for one in found["scores"])
     rules = max(len(one["protocol"]) for one in found["scores"])
     lines = []
-    averages = {"image": "per_image", "point": "per_point", "class": "per_class"}
-    for one in sorted(found["scores"], key=lambda one: -one[averages[one["own"]]][alphas[0]][0]):
-        own = one[averages[one["own"]]]
-        cells = "  ".join(f"@{alpha} {own[alpha][0]:.3f}" for alpha in alphas)
-        low, high = own[alphas[0]][1:]
+
+    def own(one: dict[str, Any]) -> dict[str, list[float]]:
+        return one[AVERAGES[one["rules"]["average"]]]
+
+    for one in sorted(found["scores"], key=lambda one: -own(one)[alphas[0]][0]):
+        cells = "  ".join(f"@{alpha} {own(one)[alpha][0]:.3f}" for alpha in alphas)
+        low, high = own(one)[alphas[0]][1:]
         lines.append(
-            f"{one['name']:{width}}  {one['protocol']:{rules}}  per {one['own']}  {cells}  ({low:.3f} - {high:.3f})"
+            f"{one['name']:{width}}  {one['protocol']:{rules}}  per {one['rules']['average']}  {cells}  "
+            f"({low:.3f} - {high:.3f})"
         )
     return "\n".join(lines)

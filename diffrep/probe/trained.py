@@ -182,7 +182,6 @@ def _claim(
     metric: str,
 ) -> None:
     """Takes the run folder, or refuses one that holds another run."""
-    state = dist.state()
     plain = {key: value for key, value in to_plain(config).items() if key not in FREE_KEYS}
     # The units' checksums say what the features are, wherever the store lies now.
     files = [unit["sha256"] for unit in read_json(store.path / INDEX)["units"]]
@@ -196,13 +195,29 @@ def _claim(
         "features": digest(files),
         "samples": digest([splits, task.labels.tolist()]),
     }
-    stored = out / RUN
-    if stored.exists() and any((out / name).exists() for name in (CHECKPOINT, FINISHED)):
+    begun = any((out / name).exists() for name in (CHECKPOINT, FINISHED))
+    claim_run(out, wanted, begun, "head")
+
+
+def claim_run(out: Path, wanted: dict[str, Any], begun: bool, what: str) -> None:
+    """Takes a run folder on all processes, or refuses one that holds another run.
+
+    Args:
+        out: The folder.
+        wanted: What decides the numbers of this run, as JSON values.
+        begun: Whether the folder holds anything of a training; else it is anybody's.
+        what: What is trained, for the message.
+
+    Raises:
+        ConfigError: The folder holds another run.
+    """
+    state, stored = dist.state(), out / RUN
+    if stored.exists() and begun:
         differ = changes(read_json(stored), wanted)
         if differ:
             raise ConfigError(
-                f"{out} holds a head that was trained otherwise ({'; '.join(differ)}); give the probe another out, "
-                "take the same settings, or remove that folder"
+                f"{out} holds a {what} that was trained otherwise ({'; '.join(differ)}); give another out, take the "
+                "same settings, or remove that folder"
             )
     state.wait_for_everyone()  # all have looked before one writes
     if state.is_main_process:

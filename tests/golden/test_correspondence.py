@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load_file
 
 from diffrep import FeatureRequest, load_backbone
-from diffrep.backbones.codec import Codec, Posterior
 
 ATOL = 3e-5
 UPS = [f"up_blocks.{i}" for i in range(4)]
@@ -33,25 +32,10 @@ def inputs(folder):
     return load_file(folder / "inputs.safetensors")
 
 
-class StoredPosterior(Codec):
-    """Gives the posterior that DIFT's own VAE call gave; the photos behind it are not in the repository."""
-
-    image_channels, latent_channels, downscale, random = 3, 4, 8, True
-
-    def __init__(self, mean, logvar, scale=0.18215):
-        self.posterior = Posterior(mean * scale, (logvar / 2).exp() * scale)
-
-    def encode(self, images):
-        return self.posterior
-
-    def describe(self):
-        return {"kind": "stored"}
-
-
 @pytest.fixture(scope="module")
-def stored(folder, dift):
+def stored(folder, dift, stored_posterior):
     def load(size):
-        codec = StoredPosterior(dift[f"{size}.vae_mean"], dift[f"{size}.vae_logvar"])
+        codec = stored_posterior(dift[f"{size}.vae_mean"], dift[f"{size}.vae_logvar"])
         height, width = (side * 8 for side in dift[f"{size}.vae_mean"].shape[-2:])
         return load_backbone(folder, codec=codec, device="cpu"), torch.zeros(2, 3, height, width)
 

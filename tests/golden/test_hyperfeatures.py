@@ -5,7 +5,6 @@ import torch
 from safetensors.torch import load_file
 
 from diffrep import FeatureRequest, load_backbone
-from diffrep.backbones.codec import Codec, Posterior
 from diffrep.noise import read_levels
 
 ATOL, ATOL_LAST = 3e-5, 1.1e-4
@@ -34,23 +33,8 @@ def dift(folder):
 
 
 @pytest.fixture(scope="module")
-def backbone(folder, dift):
-    return load_backbone(folder, codec=StoredPosterior(dift["sq.vae_mean"], dift["sq.vae_logvar"]), device="cpu")
-
-
-class StoredPosterior(Codec):
-    """Gives the posterior that the published VAE call gave; the photos behind it are not in the repository."""
-
-    image_channels, latent_channels, downscale, random = 3, 4, 8, True
-
-    def __init__(self, mean, logvar, scale=0.18215):
-        self.posterior = Posterior(mean * scale, (logvar / 2).exp() * scale)
-
-    def encode(self, images):
-        return self.posterior
-
-    def describe(self):
-        return {"kind": "stored"}
+def backbone(folder, dift, stored_posterior):
+    return load_backbone(folder, codec=stored_posterior(dift["sq.vae_mean"], dift["sq.vae_logvar"]), device="cpu")
 
 
 def check(found, expected, run, specs, atol=ATOL):

@@ -95,10 +95,7 @@ def box_of(values: Any, where: str) -> Box:
     Raises:
         DataError: It is not four numbers, or has no area.
     """
-    try:
-        x0, y0, x1, y1 = (float(value) for value in values)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: a box is [x0, y0, x1, y1], given: {str(values)[:80]}") from error
+    x0, y0, x1, y1 = _four(values, "[x0, y0, x1, y1]", where)
     if not (x1 > x0 and y1 > y0):
         raise DataError(f"{where}: the box {[x0, y0, x1, y1]} has no area; it must be x0, y0, x1, y1")
     return x0, y0, x1, y1
@@ -110,10 +107,7 @@ def box_of_extent(values: Any, where: str) -> Box:
     Raises:
         DataError: It is not four numbers, or has no area.
     """
-    try:
-        x, y, width, height = (float(value) for value in values)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: a box is x, y, width, height here, given: {str(values)[:80]}") from error
+    x, y, width, height = _four(values, "x, y, width, height here", where)
     return box_of((x, y, x + width, y + height), where)
 
 
@@ -141,3 +135,11 @@ def split_named(wanted: str | None, available: dict[str, Any], what: str) -> Any
     if name not in available:
         raise UnknownNameError(f"split of {what}", name, available)
     return available[name]
+
+
+def _four(values: Any, form: str, where: str) -> tuple[float, float, float, float]:
+    try:
+        a, b, c, d = (float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: a box is {form}, given: {str(values)[:80]}") from error
+    return a, b, c, d

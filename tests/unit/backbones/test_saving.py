@@ -7,20 +7,6 @@ from diffrep.backbones.saving import options_of, save_backbone
 from diffrep.config import BackboneConfig
 from diffrep.errors import CheckpointError, ConfigError
 from diffrep.noise import DiscreteSchedule
-from diffrep.testing import save_tiny
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory):
-    """Folders of tiny backbones, by kind, each made when it is asked for."""
-    made = {}
-
-    def folder(kind):
-        if kind not in made:
-            made[kind] = save_tiny(kind, tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return folder
 
 
 def moved(folder, **options):

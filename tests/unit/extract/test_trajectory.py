@@ -2,7 +2,6 @@
 
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,15 +9,14 @@ from pydantic import ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffrep import Backbone, ExtractConfig, FeatureRequest, FeatureStore, load_backbone, load_config
+from diffrep import Backbone, FeatureRequest, load_backbone
 from diffrep.errors import ConfigError, DiffrepError
 from diffrep.extract import Extractor, Leg, make_plan, walk
-from diffrep.extract.job import ExtractJob
 from diffrep.noise import DiscreteSchedule, FlowSchedule, LevelTable, read_levels, sample_noise
 from diffrep.testing import tiny_backbone
 
-CONFIGS = Path(__file__).parents[3] / "configs" / "extract"
 IDS = [f"image{i}" for i in range(5)]
+CONDITIONAL = pytest.mark.parametrize("kind", ["unet2d-condition", "dit"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +106,8 @@ def test_generation_of_another_size(backbone, cond):
     assert width == 2 * height
 
 
-def test_guidance_steers_the_path_and_features_are_those_of_the_condition(kind, backbone, guided, uncond):
-    if kind == "unet2d":
-        pytest.skip("unconditional")
+@CONDITIONAL
+def test_guidance_steers_the_path_and_features_are_those_of_the_condition(backbone, guided, uncond):
     layer = backbone.blocks()[1]
     request = FeatureRequest(layer, "generation 1/4", noise="generation", guidance=3.0, dtype="float32")
     found = backbone.extract(None, request, ids=IDS, cond=guided, uncond=uncond)
@@ -154,9 +151,9 @@ def test_equal_draws_are_run_once(unet):
     assert make_plan(unet, request, 16, 16).forwards == 2
 
 
+@pytest.mark.parametrize("kind", ["unet2d-condition", "dit"], indirect=True)  # whose codecs have a posterior
 def test_draws_average_trajectories(backbone, images, cond):
-    if not backbone.codec.random:
-        pytest.skip("no posterior to draw from")
+    assert backbone.codec.random
     layer, specs = backbone.blocks()[0], ["inversion 1/3", "inversion 2/5"]
     two, one = (
         Extractor(backbone, FeatureRequest(layer, specs, draws, "none", "inversion", "sample", dtype="float32"))
@@ -201,9 +198,8 @@ def test_an_inversion_executes_what_is_planned_and_the_least(backbone, images, c
         found.final  # noqa: B018
 
 
+@CONDITIONAL
 def test_a_guided_generation_executes_what_is_planned(kind, backbone, images, guided, uncond):
-    if kind == "unet2d":
-        pytest.skip("unconditional")
     request = FeatureRequest(backbone.blocks()[0], "generation 2/3", draws=2, noise="generation", guidance=2.0)
     plan, found = work(backbone, request, images, guided, uncond)
     assert plan.forwards == 12
@@ -285,67 +281,6 @@ def test_a_pass_that_gives_features_and_the_output(kind, backbone, cond):
 
 
 # Stores
-
-
-@pytest.fixture
-def config(unet_folder, image_folder, tmp_path):
-    return ExtractConfig(
-        backbone={"source": str(unet_folder), "device": "cpu"},
-        data=str(image_folder),
-        request=FeatureRequest("mid_block", ["inversion 2/4", "inversion 0/4"], pool=2, noise="inversion"),
-        out=str(tmp_path / "store"),
-        batch_size=4,
-        unit_size=5,
-    )
-
-
-def test_a_store_of_an_inversion_goes_on_where_it_stopped(config, unet, tmp_path):
-    store = ExtractJob(config).run()
-    assert list(store.levels) == ["inversion 2/4", "inversion 0/4"]
-    assert [level.time for level in store.levels.values()] == [500, 0]
-    assert store.meta["trajectories"] == {"inversion of 4 steps": [0, 250, 500, 750]}
-    assert store.meta["costs"]["before"] == {"inversion 0/4": 0, "inversion 2/4": 2}
-    assert "guidance" not in store.meta["request"]
-    job = ExtractJob(config)
-    plan = job.plan()
-    assert plan.flops == 2 * plan.network_flops + plan.forward_flops
-    images = torch.stack([job.images[row] for row in range(6)])
-    ids = [job.images.id(row) for row in range(6)]
-    live = unet.extract(images, config.request, ids=ids)
-    rows = [store.ids.index(name) for name in ids]
-    for spec in config.request.levels:
-        torch.testing.assert_close(store["mid_block", spec][rows], live["mid_block", spec], atol=2e-3, rtol=2e-3)
-    before = store["mid_block", "inversion 2/4"].clone()
-    unit = sorted(Path(config.out, "units").rglob("*.json"))[1]
-    unit.unlink()
-    again = ExtractJob(config).run()
-    assert torch.equal(again["mid_block", "inversion 2/4"], before)
-    assert FeatureStore(config.out).verify() == []
-
-
-def test_a_job_tells_its_work_and_its_time(config):
-    job = ExtractJob(config)
-    path = "path      inversion of 4 steps; calls of the network: 2 to the end and 1 to the deepest layer"
-    assert path in job.text()
-    assert "inversion 2/4 (t 500, sigma" in job.text()
-    assert "from one batch" in job.expected_time()
-
-
-def test_a_store_describes_images_that_exist(config):
-    request = FeatureRequest("mid_block", "generation 0/4", noise="generation")
-    with pytest.raises(ConfigError, match="a store holds features of a data set's; use Backbone.extract"):
-        ExtractJob(config.model_copy(update={"request": request}))
-
-
-def test_the_published_recipe():
-    config = load_config(ExtractConfig, [CONFIGS / "hyperfeatures-sd15-inversion.yaml"], ["data=X", "out=Y"])
-    backbone = load_backbone("sd15", device="meta")
-    plan = make_plan(backbone, config.request, config.data.size, config.data.size)
-    assert list(plan.addresses) == [f"up_blocks.{i}.resnets.{j}.conv2" for i in range(4) for j in range(3)]
-    assert [level.time for level in plan.levels.levels.values()] == [-1, *(960 - 20 * k for k in range(45, -1, -5))]
-    assert (plan.legs[0].full, plan.legs[0].calls, plan.forwards) == (49, 50, 50)
-    assert plan.bytes == 156_794_880
-    assert plan.flops < plan.encode_flops + 50 * plan.network_flops
 
 
 # Bad input

@@ -21,10 +21,9 @@ from diffrep.config import (
     validate,
 )
 from diffrep.data import open_images
-from diffrep.errors import CheckpointError, ConfigError, DataError, LayerError
-from diffrep.noise import DiscreteSchedule, FlowSchedule, SigmaSchedule
-from diffrep.testing import save_images, save_tiny, save_tiny_pipeline
-from diffrep.train.adapters import TimeAdapters, TimeAxis, load_adapters, positions, save_adapters
+from diffrep.errors import ConfigError, DataError, LayerError
+from diffrep.testing import save_images, save_tiny_pipeline
+from diffrep.train.adapters import TimeAxis, load_adapters, positions
 from diffrep.train.distill import Distillation, distance
 from diffrep.train.order import step_rng
 from diffrep.train.trainer import _backward, _rate
@@ -81,74 +80,19 @@ def exported(run):
     return load_file(run / "diffusion_pytorch_model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Folders of tiny teachers, by kind, each made when it is asked for."""
-    made = {}
-
-    def folder(kind):
-        if kind not in made:
-            made[kind] = save_tiny(kind, tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return folder
-
-
-def teacher_of(kind, folders):
+def teacher_of(kind, folder_of):
     """A teacher that takes images, with the settings that its kind needs."""
-    options = {"codec": folders("dit")} if kind in ("sit", "repa") else {}
+    options = {"codec": folder_of("dit")} if kind in ("sit", "repa") else {}
     layers = {"edm": ["enc.16x16_block0", "dec.8x8_in0"], "adm": ["middle_block", "output_blocks.1"]}
-    return BackboneConfig(source=folders(kind), **options), layers.get(kind, ["blocks"])
-
-
-# Adapters ------------------------------------------------------------------------------------------------------------
-
-
-def test_adapters_are_the_identity_at_first():
-    adapters = TimeAdapters({"a.b": 6, "c": 4}, TimeAxis(0, 999), SMALL)
-    features = {"a.b": torch.randn(2, 6, 3, 5), "c": torch.randn(2, 7, 4)}
-    found = adapters(features, torch.tensor([[1, 500, 999], [2, 3, 4]]))
-    assert found["a.b"].shape == (2, 3, 15, 6)
-    for name, feature in features.items():
-        assert all(torch.equal(found[name][:, time], positions(feature)) for time in range(3))
-
-
-def test_adapters_treat_each_image_time_and_position_by_itself():
-    adapters = TimeAdapters({"a": 6}, TimeAxis(0, 999), SMALL)
-    stir(adapters, 0.2)
-    maps, times = torch.randn(2, 6, 3, 5), torch.tensor([[1, 500, 999], [2, 300, 400]])
-    found = adapters({"a": maps}, times)["a"]
-    assert found.shape == (2, 3, 15, 6)
-    for image, time, place in np.ndindex(2, 3, 15):
-        one = maps[image : image + 1, :, place // 5, place % 5][:, None]
-        alone = adapters({"a": one}, times[image : image + 1, time : time + 1])["a"]
-        torch.testing.assert_close(found[image, time, place], alone[0, 0, 0], atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(found[0, 0], found[0, 2], atol=1e-2), "times have their say"
-
-
-@pytest.mark.parametrize(
-    ("schedule", "ends", "middle"),
-    [
-        (DiscreteSchedule.linear(), (0, 999), 499.5),
-        (FlowSchedule(data_time=1), (0, 1), 0.5),
-        (FlowSchedule(scale=1000.0), (0, 1000), 500),
-        (SigmaSchedule(), (0.002, 80), 0.4),
-    ],
-)
-def test_times_of_all_schedules_lie_on_one_axis(schedule, ends, middle):
-    axis = TimeAxis.of(schedule)
-    times = torch.tensor([float(ends[0]), middle, ends[1]])
-    torch.testing.assert_close(axis.share(times), torch.tensor([0.0, 0.5, 1.0]), atol=1e-5, rtol=0)
-    moved = axis.moved(middle, torch.tensor([-0.5, 0.0, 0.5, 2.0]))
-    torch.testing.assert_close(moved, torch.tensor([*times.tolist(), ends[1]]), atol=1e-5, rtol=1e-5)
+    return BackboneConfig(source=folder_of(kind), **options), layers.get(kind, ["blocks"])
 
 
 # Student and loss ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["unet2d", "dit", "sit", "edm", "adm"])
-def test_a_student_begins_as_its_teacher_at_a_clean_level(folders, image_folder, kind):
-    source, layers = teacher_of(kind, folders)
+def test_a_student_begins_as_its_teacher_at_a_clean_level(folder_of, image_folder, kind):
+    source, layers = teacher_of(kind, folder_of)
     objective, images = opened(source, image_folder, layers=layers)
     student = objective.student()
     clean, cond, time, *_ = some(objective, images, [0, 7])
@@ -166,8 +110,8 @@ def test_a_student_begins_as_its_teacher_at_a_clean_level(folders, image_folder,
 
 
 @pytest.mark.parametrize("kind", ["cosine", "mse", "l1"])
-def test_the_loss_is_that_of_a_plain_loop(folders, image_folder, kind):
-    objective, images = opened(folders("dit"), image_folder, layers=["blocks"], loss=kind, bins=2)
+def test_the_loss_is_that_of_a_plain_loop(folder_of, image_folder, kind):
+    objective, images = opened(folder_of("dit"), image_folder, layers=["blocks"], loss=kind, bins=2)
     student = objective.student()
     stir(student)
     clean, cond, time, signal, noise, eps = some(objective, images, [0, 4, 9])
@@ -188,8 +132,8 @@ def test_the_loss_is_that_of_a_plain_loop(folders, image_folder, kind):
     torch.testing.assert_close(objective.loss(student, clean, cond, time, signal, noise, eps), total)
 
 
-def test_the_network_runs_once_an_image(folders, image_folder):
-    objective, images = opened(folders("unet2d"), image_folder, bins=3)
+def test_the_network_runs_once_an_image(folder_of, image_folder):
+    objective, images = opened(folder_of("unet2d"), image_folder, bins=3)
     student = objective.student()
     calls = []
     student.network.conv_in.register_forward_hook(lambda *call: calls.append(len(call[2])))
@@ -198,8 +142,8 @@ def test_the_network_runs_once_an_image(folders, image_folder):
 
 
 @pytest.mark.parametrize("kind", ["unet2d", "sit", "edm"])
-def test_times_fall_into_every_bin(folders, kind):
-    source, layers = teacher_of(kind, folders)
+def test_times_fall_into_every_bin(folder_of, kind):
+    source, layers = teacher_of(kind, folder_of)
     objective = Distillation(DistillConfig(teacher=source, layers=layers, bins=4, adapter=SMALL), CPU)
     shape = (64, objective.teacher.image_channels, 16, 16)
     time, signal, noise, eps, *spread = objective.draw(shape, step_rng(0, "step", 0))
@@ -215,17 +159,17 @@ def test_times_fall_into_every_bin(folders, kind):
     assert len(spread) == (kind == "sit"), "a posterior is drawn where the codec has one"
 
 
-def test_a_range_of_times_and_a_first_time_are_levels(folders):
-    objective = Distillation(distill(folders("unet2d"), times=[100, 120], time_init="clean@30.5", bins=1), CPU)
+def test_a_range_of_times_and_a_first_time_are_levels(folder_of):
+    objective = Distillation(distill(folder_of("unet2d"), times=[100, 120], time_init="clean@30.5", bins=1), CPU)
     time = objective.draw((500, 1, 16, 16), step_rng(0, "step", 0))[0]
     assert (time.min(), time.max()) == (100, 120) and time.dtype == torch.int64
     assert objective.student().time == 30.5
-    assert Distillation(distill(folders("unet2d")), CPU).student().time == 261
+    assert Distillation(distill(folder_of("unet2d")), CPU).student().time == 261
 
 
-def test_weights_that_no_layer_depends_on_stay_and_the_time_does_not_decay(folders, image_folder, tmp_path):
-    before = load_backbone(folders("unet2d"), device="cpu").network.state_dict()
-    run = config(folders("unet2d"), image_folder, tmp_path / "run", lr=0.02, weight_decay=0.5)
+def test_weights_that_no_layer_depends_on_stay_and_the_time_does_not_decay(folder_of, image_folder, tmp_path):
+    before = load_backbone(folder_of("unet2d"), device="cpu").network.state_dict()
+    run = config(folder_of("unet2d"), image_folder, tmp_path / "run", lr=0.02, weight_decay=0.5)
     after = exported(run_train(run))
     later = ("up_blocks.1", "conv_out", "conv_norm_out")
     for name, tensor in after.items():
@@ -237,16 +181,16 @@ def test_weights_that_no_layer_depends_on_stay_and_the_time_does_not_decay(folde
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_student_learns(folders, tmp_path):
+def test_a_student_learns(folder_of, tmp_path):
     photos = save_images(tmp_path / "images", per_class=8)
     given = {"steps": 30, "batch_size": 8, "lr": 3e-3, "log_every": 5, "checkpoint_every": 30, "ema": 0.8}
-    run = config(folders("unet2d"), photos, tmp_path / "run", {"bins": 2}, **given)
+    run = config(folder_of("unet2d"), photos, tmp_path / "run", {"bins": 2}, **given)
     model = run_train(run)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert -len(LAYERS) <= losses[-1] < losses[0] - 0.05
 
     # On images that it has not seen, and against the untrained student.
-    objective, _ = opened(folders("unet2d"), photos, bins=2)
+    objective, _ = opened(folder_of("unet2d"), photos, bins=2)
     unseen = open_images(DataConfig(path=photos, splits="test"), 1)
     start = objective.student()
     trained = objective.student()
@@ -257,17 +201,17 @@ def test_a_student_learns(folders, tmp_path):
         assert objective.loss(trained, *inputs) < objective.loss(start, *inputs) - 0.05
 
 
-def test_resume_is_exact(folders, image_folder, tmp_path):
-    whole = run_train(config(folders("unet2d"), image_folder, tmp_path / "whole"))
+def test_resume_is_exact(folder_of, image_folder, tmp_path):
+    whole = run_train(config(folder_of("unet2d"), image_folder, tmp_path / "whole"))
     run = tmp_path / "cut"
-    run_train(config(folders("unet2d"), image_folder, run))
+    run_train(config(folder_of("unet2d"), image_folder, run))
     shutil.rmtree(run / "checkpoints" / "step-0000004")
     shutil.rmtree(run / "model")
     # As a run of a version that did not know all keys.
     stored = json.loads((run / "config.json").read_text())
     del stored["accumulate"]
     (run / "config.json").write_text(json.dumps(stored))
-    resumed = run_train(config(folders("unet2d"), image_folder, run))
+    resumed = run_train(config(folder_of("unet2d"), image_folder, run))
     for one, other in (
         (exported(whole), exported(resumed)),
         *[[load_file(model / "distill.safetensors") for model in (whole, resumed)]],
@@ -282,8 +226,8 @@ def test_resume_is_exact(folders, image_folder, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_parts_of_a_step_add_up_to_it(folders, image_folder, tmp_path):
-    objective, images = opened(folders("unet2d"), image_folder)
+def test_parts_of_a_step_add_up_to_it(folder_of, image_folder, tmp_path):
+    objective, images = opened(folder_of("unet2d"), image_folder)
     rows = [0, 4, 8, 12]
     pixels = torch.stack([images[row] for row in rows])
     accelerator = Accelerator(cpu=True)
@@ -292,7 +236,7 @@ def test_parts_of_a_step_add_up_to_it(folders, image_folder, tmp_path):
         torch.manual_seed(0)
         student = objective.student()
         stir(student)
-        settings = config(folders("unet2d"), image_folder, tmp_path, accumulate=parts)
+        settings = config(folder_of("unet2d"), image_folder, tmp_path, accumulate=parts)
         loss = _backward(objective, student, settings, 3, rows, pixels, accelerator)
         found.append((loss, {name: weight.grad for name, weight in student.named_parameters()}))
     dist.teardown(accelerator)
@@ -301,20 +245,20 @@ def test_parts_of_a_step_add_up_to_it(folders, image_folder, tmp_path):
         for name, grad in grads.items():
             torch.testing.assert_close(grad, found[0][1][name], atol=1e-5, rtol=1e-3)
     with pytest.raises(ConfigError, match="does not divide among 1 processes in 3 parts each"):
-        run_train(config(folders("unet2d"), image_folder, tmp_path / "3", accumulate=3))
+        run_train(config(folder_of("unet2d"), image_folder, tmp_path / "3", accumulate=3))
 
 
-def test_the_learning_rate_may_stay(folders, image_folder):
+def test_the_learning_rate_may_stay(folder_of, image_folder):
     given = {"warmup": 2, "steps": 6}
     for decay, wanted in (("none", [0.5, 1, 1, 1, 1, 1]), ("cosine", [0.5, 1, 1, 0.853553, 0.5, 0.146447])):
-        settings = config(folders("unet2d"), image_folder, "x", decay=decay, **given)
+        settings = config(folder_of("unet2d"), image_folder, "x", decay=decay, **given)
         assert [_rate(step, settings) for step in range(6)] == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.mp
-def test_two_processes_train_the_same_student(folders, image_folder, tmp_path, two_processes, monkeypatch, capsys):
+def test_two_processes_train_the_same_student(folder_of, image_folder, tmp_path, two_processes, monkeypatch, capsys):
     file = tmp_path / "train.yaml"
-    file.write_text(to_yaml(config(folders("unet2d"), image_folder, "unused", steps=3)))
+    file.write_text(to_yaml(config(folder_of("unet2d"), image_folder, "unused", steps=3)))
     monkeypatch.setattr(dist, "launch", two_processes.launch)
     for out, processes in (("one", 1), ("two", 2)):
         capsys.readouterr()
@@ -330,8 +274,8 @@ def test_two_processes_train_the_same_student(folders, image_folder, tmp_path, t
 
 
 @pytest.mark.compile
-def test_a_compiled_student_is_the_same(folders, image_folder):
-    objective, images = opened(folders("unet2d"), image_folder, layers=["mid_block"])
+def test_a_compiled_student_is_the_same(folder_of, image_folder):
+    objective, images = opened(folder_of("unet2d"), image_folder, layers=["mid_block"])
     student = objective.student()
     inputs = some(objective, images, [0, 4])
     losses, grads = [], []
@@ -348,8 +292,8 @@ def test_a_compiled_student_is_the_same(folders, image_folder):
 # What is left of a run -----------------------------------------------------------------------------------------------
 
 
-def test_an_exported_folder_is_the_student(folders, image_folder, tmp_path):
-    source = BackboneConfig(source=folders("sit"), codec=folders("dit"))
+def test_an_exported_folder_is_the_student(folder_of, image_folder, tmp_path):
+    source = BackboneConfig(source=folder_of("sit"), codec=folder_of("dit"))
     run = tmp_path / "run"
     model = run_train(config(source, image_folder, run, {"layers": ["blocks"]}, ema=0.0, lr=1e-2))
     objective, images = opened(source, image_folder, layers=["blocks"])
@@ -379,15 +323,15 @@ def test_an_exported_folder_is_the_student(folders, image_folder, tmp_path):
     assert list(again.keys()) == [("blocks.2", adapters.level)]
 
 
-def test_half_precision_and_a_time_that_is_not_learned(folders, image_folder, tmp_path):
+def test_half_precision_and_a_time_that_is_not_learned(folder_of, image_folder, tmp_path):
     given = {"export_dtype": "float16", "mixed_precision": "bf16", "steps": 1, "checkpoint_every": 1}
-    model = run_train(config(folders("unet2d"), image_folder, tmp_path / "run", {"learn_time": False}, **given))
+    model = run_train(config(folder_of("unet2d"), image_folder, tmp_path / "run", {"learn_time": False}, **given))
     weights = exported(model)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     note = json.loads((model / "distill.json").read_text())
     assert note["level"] == "clean@261" and note["noise"] == "none"
-    assert note["teacher"]["weights"] == load_backbone(folders("unet2d"), device="cpu").weights_hash
+    assert note["teacher"]["weights"] == load_backbone(folder_of("unet2d"), device="cpu").weights_hash
     assert note["load_backbone"] == {}
 
 
@@ -396,32 +340,17 @@ def test_teachers_that_could_not_be_written(tmp_path):
         Distillation(DistillConfig(teacher=BackboneConfig(source="pixels", family="pixels"), layers="patches"), CPU)
 
 
-def test_damaged_adapters(tmp_path):
-    adapters = TimeAdapters({"mid_block": 16}, TimeAxis(0, 999), SMALL)
-    save_adapters(adapters, tmp_path, "clean@261", {})
-    assert load_adapters(tmp_path).level == "clean@261"
-    note = json.loads((tmp_path / "distill.json").read_text())
-    (tmp_path / "distill.json").write_text(json.dumps(note | {"channels": {"mid_block": 8}}))
-    with pytest.raises(CheckpointError, match="do not fit the network"):
-        load_adapters(tmp_path)
-    (tmp_path / "distill.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="does not describe adapters"):
-        load_adapters(tmp_path)
-    with pytest.raises(CheckpointError, match="no such file"):
-        load_adapters(tmp_path / "none")
-
-
 # Conditions ----------------------------------------------------------------------------------------------------------
 
 
-def test_images_conditioned_on_their_labels(folders, image_folder):
-    objective, images = opened(folders("dit"), image_folder, layers=["blocks.1"], labels=True)
+def test_images_conditioned_on_their_labels(folder_of, image_folder):
+    objective, images = opened(folder_of("dit"), image_folder, layers=["blocks.1"], labels=True)
     rows = [0, 7, 14]
     inputs = some(objective, images, rows)
     assert inputs[1]["labels"].tolist() == [images.label(row) for row in rows] == [0, 1, 2]
     student = objective.student()
     one = some(objective, images, rows)
-    unlabelled, _ = opened(folders("dit"), image_folder, layers=["blocks.1"])
+    unlabelled, _ = opened(folder_of("dit"), image_folder, layers=["blocks.1"])
     other = some(unlabelled, images, rows)
     assert len(other[1]["labels"]) == 1, "one row serves all"
     assert objective.loss(student, *one) != unlabelled.loss(unlabelled.student(), *other)
@@ -449,23 +378,23 @@ def test_captions(image_folder, tmp_path):
     torch.testing.assert_close(prompted, objective.teacher.condition("a cat", 1)["prompt_embeds"])
 
 
-def test_captions_that_are_missing_or_do_not_fit(folders, image_folder, tmp_path):
+def test_captions_that_are_missing_or_do_not_fit(folder_of, image_folder, tmp_path):
     file = tmp_path / "captions.json"
     file.write_text(json.dumps({"train/class0/0.png": "a cat"}))
     layers = {"layers": ["blocks.0"]}
     with pytest.raises(DataError, match="no caption for 17 of 18 images, such as 'train/class0/1.png'"):
-        opened(folders("dit"), image_folder, captions=file, **layers)
+        opened(folder_of("dit"), image_folder, captions=file, **layers)
     file.write_text("[1]")
     with pytest.raises(DataError, match="must hold an object"):
-        opened(folders("dit"), image_folder, captions=file, **layers)
+        opened(folder_of("dit"), image_folder, captions=file, **layers)
     file.write_text("{")
     with pytest.raises(DataError, match="cannot read the captions"):
-        opened(folders("dit"), image_folder, captions=file, **layers)
+        opened(folder_of("dit"), image_folder, captions=file, **layers)
     with pytest.raises(ConfigError, match="this network is unconditional"):
-        opened(folders("unet2d"), image_folder, captions="a {label}")
+        opened(folder_of("unet2d"), image_folder, captions="a {label}")
     flat = tmp_path / "flat"
     shutil.copytree(image_folder / "train" / "class0", flat)
-    objective = Distillation(distill(folders("dit"), labels=True, **layers), CPU)
+    objective = Distillation(distill(folder_of("dit"), labels=True, **layers), CPU)
     with pytest.raises(ConfigError, match="need data that have one label each"):
         objective.attach(open_images(DataConfig(path=flat), 3))
 
@@ -473,9 +402,9 @@ def test_captions_that_are_missing_or_do_not_fit(folders, image_folder, tmp_path
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
-def test_layers_that_cannot_be_learned(folders, image_folder, tmp_path):
+def test_layers_that_cannot_be_learned(folder_of, image_folder, tmp_path):
     def start(kind, layers):
-        return run_train(config(folders(kind), image_folder, tmp_path / "run", {"layers": layers}, steps=1))
+        return run_train(config(folder_of(kind), image_folder, tmp_path / "run", {"layers": layers}, steps=1))
 
     with pytest.raises(LayerError, match="no layer 'mid_blok' in UNet2DModel; did you mean"):
         start("unet2d", ["mid_blok"])
@@ -491,17 +420,17 @@ def test_layers_that_cannot_be_learned(folders, image_folder, tmp_path):
         start("unet2d", ["up_blocks.0"])
 
 
-def test_a_teacher_of_other_channels(folders, image_folder, tmp_path):
-    wrong = BackboneConfig(source=folders("unet2d"), codec=folders("dit"))
+def test_a_teacher_of_other_channels(folder_of, image_folder, tmp_path):
+    wrong = BackboneConfig(source=folder_of("unet2d"), codec=folder_of("dit"))
     with pytest.raises(ConfigError, match="the codec gives 4 channels, the network takes 1"):
         run_train(config(wrong, image_folder, tmp_path / "a"))
-    latent = BackboneConfig(source=folders("sit"))
+    latent = BackboneConfig(source=folder_of("sit"))
     with pytest.raises(ConfigError, match="takes images of 4 channels"):
         run_train(config(latent, image_folder, tmp_path / "b", {"layers": ["blocks"]}))
 
 
-def test_settings_that_contradict_each_other(folders, image_folder):
-    good = to_plain(config(folders("unet2d"), image_folder, "x"))
+def test_settings_that_contradict_each_other(folder_of, image_folder):
+    good = to_plain(config(folder_of("unet2d"), image_folder, "x"))
 
     def wrong(message, **changes):
         with pytest.raises(ConfigError, match=message):
@@ -520,9 +449,9 @@ def test_settings_that_contradict_each_other(folders, image_folder):
     )
     wrong("multiple of 2", distill=good["distill"] | {"adapter": {"width": 7}})
     with pytest.raises(ConfigError, match="is one time"):
-        Distillation(distill(folders("unet2d"), times=[5, 5]), CPU)
+        Distillation(distill(folder_of("unet2d"), times=[5, 5]), CPU)
     with pytest.raises(ConfigError, match="integer timesteps 0 to 999"):
-        Distillation(distill(folders("unet2d"), times=[5, 1000]), CPU)
+        Distillation(distill(folder_of("unet2d"), times=[5, 1000]), CPU)
 
 
 def test_distances():
