@@ -14,11 +14,8 @@ from diffrep.config import (
     BackboneConfig,
     DataConfig,
     DistillConfig,
-    ModelConfig,
     TrainConfig,
-    to_plain,
     to_yaml,
-    validate,
 )
 from diffrep.data import open_images
 from diffrep.errors import ConfigError, DataError, LayerError
@@ -429,25 +426,7 @@ def test_a_teacher_of_other_channels(folder_of, image_folder, tmp_path):
         run_train(config(latent, image_folder, tmp_path / "b", {"layers": ["blocks"]}))
 
 
-def test_settings_that_contradict_each_other(folder_of, image_folder):
-    good = to_plain(config(folder_of("unet2d"), image_folder, "x"))
-
-    def wrong(message, **changes):
-        with pytest.raises(ConfigError, match=message):
-            validate(TrainConfig, good | changes)
-
-    args = to_plain(ModelConfig(args={"sample_size": 16}))
-    wrong("give model .* or distill .*; both are given", model=args)
-    wrong("neither is given", distill=None)
-    wrong("only for denoising training: timesteps", timesteps="low")
-    wrong("only for denoising training: schedule", schedule={"prediction_type": "v_prediction"})
-    wrong("cond and labels are given", distill=good["distill"] | {"cond": 0, "labels": True})
-    wrong("give a .json file", distill=good["distill"] | {"captions": "a photo"})
-    wrong(
-        "teacher.device and teacher.dtype are the run's",
-        distill=good["distill"] | {"teacher": {"source": "x", "dtype": "bfloat16"}},
-    )
-    wrong("multiple of 2", distill=good["distill"] | {"adapter": {"width": 7}})
+def test_times_that_no_teacher_has(folder_of):
     with pytest.raises(ConfigError, match="is one time"):
         Distillation(distill(folder_of("unet2d"), times=[5, 5]), CPU)
     with pytest.raises(ConfigError, match="integer timesteps 0 to 999"):
