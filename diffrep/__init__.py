@@ -27,6 +27,8 @@ _HOMES = {
     "MatchConfig": "config",
     "PairsConfig": "config",
     "ProbeConfig": "config",
+    "SampleConfig": "config",
+    "SamplerConfig": "config",
     "SearchConfig": "config",
     "SparseConfig": "config",
     "TrainConfig": "config",
@@ -75,6 +77,7 @@ _HOMES = {
     "SigmaSchedule": "noise",
     "FeatureStore": "store",
     "load_adapters": "train",
+    "run_sample": "train.sample",
     "run_train": "train",
 }
 __all__ = ["__version__", *_HOMES]

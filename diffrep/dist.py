@@ -62,3 +62,8 @@ def teardown(accelerator: Accelerator | None = None, *prepared: Any) -> None:
     current.destroy_process_group()
     # Otherwise a second run in this process would inherit the first one's mixed precision.
     AcceleratorState._reset_state()
+
+
+def abandon() -> None:
+    """Forgets a run that has failed, without waiting for other processes, so that the next one can begin."""
+    AcceleratorState._reset_state()

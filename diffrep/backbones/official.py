@@ -116,7 +116,7 @@ class SiTBackbone(DiTBackbone):
     @classmethod
     def schedule_of(cls, config: Config) -> Schedule:
         """Returns the interpolant: linear, or what the config's `path_type` says."""
-        return FlowSchedule(_path(config), data_time=1)
+        return FlowSchedule(_path(config), data_time=1, prediction=_prediction(config))
 
 
 class REPABackbone(DiTBackbone):
@@ -127,7 +127,7 @@ class REPABackbone(DiTBackbone):
     @classmethod
     def schedule_of(cls, config: Config) -> Schedule:
         """Returns the interpolant: linear, or what the config's `path_type` says."""
-        return FlowSchedule(_path(config), data_time=0)
+        return FlowSchedule(_path(config), data_time=0, prediction=_prediction(config))
 
     @classmethod
     def tidy(cls, state: State) -> State:
@@ -318,6 +318,15 @@ def _path(config: Config) -> str:
     if path not in ("linear", "cosine", "vp"):
         raise UnknownNameError("path_type", path, ["linear", "cosine", "vp", "gvp"])
     return path
+
+
+def _prediction(config: Config) -> str:
+    given = "v" if isinstance(config, str) else str(config.get("prediction", "v"))
+    # REPA writes its only one "v".
+    name = "velocity" if given == "v" else given
+    if name not in ("velocity", "epsilon", "sample", "score"):
+        raise UnknownNameError("prediction", name, ["velocity", "epsilon", "sample", "score"])
+    return name
 
 
 def _remember(kind: type[nn.Module], arguments: dict[str, Any]) -> nn.Module:

@@ -47,6 +47,8 @@ DIFFUSERS: dict[str, type[UNet2D] | type[DiffusersTransformer]] = {
     "diffusers-dit": DiffusersDiT,
 }
 FAMILIES = {**OFFICIAL, **DIFFUSERS}
+# Families that are no diffusion networks and are opened on their own.
+APART = (*REFERENCES, "prepare")
 # What `diffrep convert` writes beside the weights of an official checkpoint.
 CONVERTED = "diffrep_family"
 
@@ -103,7 +105,7 @@ def from_path(
         CheckpointError: Weights are missing, damaged or do not fit.
     """
     if family is not None and family not in FAMILIES:
-        raise UnknownNameError("family", family, [*FAMILIES, *REFERENCES])
+        raise UnknownNameError("family", family, [*FAMILIES, *APART])
     if place.is_file():
         if family is None or config is None:
             raise ConfigError(f"{place} is a file of weights; give its family ({', '.join(FAMILIES)}) and config")

@@ -16,8 +16,9 @@ from diffrep.backbones.backbone import Backbone
 from diffrep.backbones.codec import Codec
 from diffrep.backbones.conditioning import Conditioner, PromptEmbeddings
 from diffrep.backbones.official import DiTBackbone
-from diffrep.backbones.opening import Parts, fill, from_entry, from_path
-from diffrep.backbones.reference import REFERENCES, open_reference
+from diffrep.backbones.opening import APART, Parts, fill, from_entry, from_path
+from diffrep.backbones.prepare import open_prepare
+from diffrep.backbones.reference import open_reference
 from diffrep.backbones.sources import HUB_TEXT, find, registered, snapshot, weights_of
 from diffrep.backbones.text import OUTPUTS, PromptEncoder
 from diffrep.errors import BackendUnavailable, ConfigError, UnknownNameError
@@ -51,8 +52,9 @@ def load_backbone(
             "unet2d-condition", "transformer2d", "pixart", "sd3", "flux", "sana", "diffusers-dit"). For a folder of
             `DiTTransformer2DModel`, "diffusers-dit" keeps that class's own numbers in place of the official DiT's.
             What a backbone is compared with: "timm", "latents", "pixels", see `diffrep.backbones.reference`.
+            What one is trained on: "prepare", see `diffrep.backbones.prepare`.
         config: For a file of weights: a variant's name ("XL/2", "256-uncond") or the constructor's arguments, as a
-            dict or a JSON file.
+            dict or a JSON file. For "timm", "pixels" and "prepare" see there.
         codec: Folder or hub id of an autoencoder, or a `Codec`; None takes the `vae/` beside the network, else the
             identity.
         conditioner: What turns `cond` into the network's condition; None takes the one that fits its config.
@@ -78,11 +80,13 @@ def load_backbone(
     dtype = _dtype(dtype, device)
     kernel = choose_attention(attention, device, dtype)
     name = _name(source)
-    if family in REFERENCES:
+    if family in APART:
         if any(given is not None for given in (weights, codec, conditioner, schedule)) or compile:
             raise ConfigError(
                 f"family {family!r} takes no weights, codec, conditioner, schedule or compile; leave them out"
             )
+        if family == "prepare":
+            return open_prepare(source, config, revision, init_seed, device, dtype)
         return open_reference(source, family, config, revision, init_seed, device, dtype)
     entry = None if Path(source).expanduser().exists() else registered().get(name)
     if entry is not None and (family is not None or config is not None):

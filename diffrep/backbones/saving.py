@@ -87,7 +87,9 @@ def _config_of(backbone: OfficialBackbone) -> dict[str, Any]:
         kind = type(backbone.network).__name__
         return arguments | {"precond": backbone.network.precond, "model_type": kind, "img_channels": channels}
     if isinstance(backbone, DiTBackbone) and hasattr(backbone.schedule, "path"):
-        return arguments | {"path_type": backbone.schedule.path}
+        # "velocity" is what their papers train, and goes without saying.
+        other = {} if backbone.schedule.prediction == "velocity" else {"prediction": backbone.schedule.prediction}
+        return arguments | {"path_type": backbone.schedule.path} | other
     return arguments
 
 

@@ -40,6 +40,7 @@ class UNet2D(Backbone):
 
     diffusers_class = "UNet2DModel"
     convolutional = True
+    flow_scale = 1000.0  # as diffusers' flow schedulers count
 
     @staticmethod
     def conditioner_of(network: nn.Module, encoder: PromptEncoder | None = None) -> Conditioner:

@@ -21,6 +21,7 @@ VERBS = {
     "correspond": "match key points between images: evaluate, train, match, warp",
     "convert": "checkpoint -> safetensors and JSON that every verb opens",
     "train": "train a small diffusion model",
+    "sample": "make images with a diffusion model: PNG files, the .npz that evaluators read, a grid",
     "report": "write report.html again from a run folder",
     "ls": "list bundled backbones and data sets",
     "validate": "check a config and print it resolved",

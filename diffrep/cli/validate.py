@@ -17,6 +17,7 @@ SCHEMAS = {
     "vtab": "VtabConfig",
     "feedback": "FeedbackConfig",
     "train": "TrainConfig",
+    "sample": "SampleConfig",
     "correspond-evaluate": "CorrespondConfig",
     "correspond-train": "AggregateConfig",
     "correspond-match": "MatchConfig",

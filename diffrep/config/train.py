@@ -1,4 +1,4 @@
-"""Schemas of training: denoising, and feature distillation."""
+"""Schemas of training: diffusion models with or without alignment, and feature distillation."""
 
 from __future__ import annotations
 
@@ -6,29 +6,37 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from diffrep.config.schema import BackboneConfig, DataConfig, LevelSpec, PathText, Positive, Section, listed
+from diffrep.config.align import AlignConfig
+from diffrep.config.objective import ObjectiveConfig
+from diffrep.config.sample import WatchConfig
+from diffrep.config.schema import BackboneConfig, DataConfig, LevelSpec, PathText, Positive, Section, Share, listed
 
 
 class ModelConfig(Section):
-    """The network to train: a diffusers class and its constructor's arguments.
+    """The network to train, new or from a checkpoint.
 
     Attributes:
-        kind: Name of the diffusers class.
-        args: Its arguments, as in the `config.json` that diffusers writes.
+        kind: "UNet2DModel" of diffusers, or a family of official checkpoints: "dit", "sit" (time runs to the data),
+            "repa" (time runs from the data), "adm", "edm".
+        args: Its arguments: of a diffusers class as in the `config.json` that diffusers writes; of a family as in
+            `load_backbone`, also a variant's name such as "B/2" or {variant: B/2, input_size: 16}.
+        source: A backbone to go on from, in place of `kind` and `args`.
     """
 
-    kind: Literal["UNet2DModel"] = "UNet2DModel"
-    args: dict[str, Any]
+    kind: Literal["UNet2DModel", "dit", "sit", "repa", "adm", "edm"] = "UNet2DModel"
+    args: dict[str, Any] | str | None = None
+    source: BackboneConfig | None = None
 
-
-class ScheduleConfig(Section):
-    """Noise schedule of a training run: arguments of diffusers' `DDPMScheduler`."""
-
-    num_train_timesteps: PositiveInt = 1000
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.args is None) == (self.source is None):
+            given = "neither is given" if self.args is None else "both are given"
+            raise ValueError(
+                f"give args (a new network) or source (a backbone to go on from), one of the two; {given}"
+            )
+        if self.kind == "UNet2DModel" and isinstance(self.args, str):
+            raise ValueError(f"args of UNet2DModel are its constructor's, not a variant's name; got {self.args!r}")
+        return self
 
 
 class AdapterConfig(Section):
@@ -108,45 +116,70 @@ class DistillConfig(Section):
 
 
 # Keys of `TrainConfig` that mean nothing to a distillation, with their defaults.
-_OF_DENOISING = {"schedule": ScheduleConfig(), "timesteps": "uniform"}
+_OF_DIFFUSION = {
+    "objective": None,
+    "align": {},
+    "store": None,
+    "targets": None,
+    "codec": None,
+    "label_dropout": 0.1,
+    "checkpointing": False,
+    "watch": None,
+}
 
 
 class TrainConfig(Section):
-    """Arguments of `diffrep train`: denoising training of a small model, or distillation of a teacher's features.
+    """Arguments of `diffrep train`: a diffusion model, with alignment or without, or distillation of features.
 
     Attributes:
-        model: The network of denoising training.
-        schedule: Its noise schedule and what it predicts.
-        distill: Teacher, layers and adapters of feature distillation, in place of `model` and `schedule`.
+        model: The network of diffusion training.
+        objective: What it learns to predict; None is flow matching for "sit" and "repa", EDM for "edm", DDPM else.
+        align: Alignment terms by a name of your choice; several add up.
+        distill: Teacher, layers and adapters of feature distillation, in place of all of these.
         data: The training images; the run never reads a split that is not named there.
+        store: In place of `data`: a store of latents (or pixels) and targets, which `diffrep extract` makes of family
+            "prepare".
+        store_split: Split of the store that is trained on.
+        targets: A second store of the same images, which holds the targets where `store` does not, say in eight bits.
+        codec: Autoencoder that turns `data` into latents in each step: a folder or hub id. None trains on pixels.
+        label_dropout: Share of labels that become "no class", for networks that have one.
         out: Run folder.
         steps: Optimiser steps.
         batch_size: Images of one step, over all processes.
         accumulate: Parts that a process's images of one step are cut into, one after the other; their mean is taken,
-            so only memory and speed change.
+            so only memory and speed change. Terms that compare samples with one another see one part at a time.
         lr: Peak learning rate of AdamW.
         warmup: Steps of linear warm-up.
         decay: What follows it: "cosine" down to zero, or "none".
         weight_decay: Decoupled weight decay.
+        betas: AdamW's.
         clip: Largest gradient norm.
         ema: Decay of the weight average that is exported.
         flip: Mirror images at random.
-        timesteps: Of denoising training: "uniform" over the schedule, or "low": t = T u^2 with u uniform, which spends
-            more steps on little noise, where features are read.
         mixed_precision: "bf16" runs the forward under autocast.
         compile: Compile the network with torch.compile.
+        checkpointing: Recompute the blocks' activations in the backward pass: less memory, about a third more work.
         checkpoint_every: Steps between checkpoints.
         keep: Checkpoints kept.
         log_every: Steps between lines of `log.jsonl`.
-        seed: Seeds initial weights, data order, timesteps and noise.
+        bins: Equal parts of the way to noise that the loss is logged for.
+        trackers: Beside `log.jsonl`, which is always written: "tensorboard", "wandb", "trackio".
+        watch: What is measured of the averaged weights on the way.
+        seed: Seeds initial weights, data order, times and noise.
         export_dtype: Element type of the exported weights.
         workers: Processes that decode images.
     """
 
     model: ModelConfig | None = None
-    schedule: ScheduleConfig = ScheduleConfig()
+    objective: ObjectiveConfig | None = None
+    align: dict[str, AlignConfig] = {}
     distill: DistillConfig | None = None
-    data: DataConfig
+    data: DataConfig | None = None
+    store: PathText | None = None
+    store_split: str = "train"
+    targets: PathText | None = None
+    codec: PathText | None = None
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     out: PathText
     steps: PositiveInt
     batch_size: PositiveInt = 128
@@ -155,15 +188,19 @@ class TrainConfig(Section):
     warmup: Annotated[int, Field(ge=0)] = 500
     decay: Literal["cosine", "none"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[Share, Share] = (0.9, 0.999)
     clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     flip: bool = False
-    timesteps: Literal["uniform", "low"] = "uniform"
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     compile: bool = False
+    checkpointing: bool = False
     checkpoint_every: PositiveInt = 1000
     keep: PositiveInt = 2
     log_every: PositiveInt = 50
+    bins: PositiveInt = 5
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(listed)] = ()
+    watch: WatchConfig | None = None
     seed: int = 0
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     workers: Annotated[int, Field(ge=0)] = 0
@@ -172,17 +209,32 @@ class TrainConfig(Section):
     def _one_objective(self) -> TrainConfig:
         if (self.model is None) == (self.distill is None):
             given = "neither is given" if self.model is None else "both are given"
-            raise ValueError(f"give model (denoising training) or distill (with a teacher), one of the two; {given}")
-        changed = [name for name, default in _OF_DENOISING.items() if getattr(self, name) != default]
+            raise ValueError(f"give model (a diffusion model) or distill (with a teacher), one of the two; {given}")
+        changed = [name for name, default in _OF_DIFFUSION.items() if getattr(self, name) != default]
         if self.distill is not None and changed:
             raise ValueError(
-                f"only for denoising training: {', '.join(changed)}; the teacher has its own noise schedule, and "
-                "distill.times says which part of it is used"
+                f"only for diffusion models: {', '.join(changed)}; the teacher has its own noise schedule and codec, and "
+                "distill.times says which levels are used"
             )
         return self
 
     @model_validator(mode="after")
-    def _splits_are_named(self) -> TrainConfig:
-        if self.data.splits is None:
+    def _one_source(self) -> TrainConfig:
+        if (self.data is None) == (self.store is None):
+            given = "neither is given" if self.data is None else "both are given"
+            raise ValueError(f"give data (images) or store (of 'diffrep extract'), one of the two; {given}")
+        if self.data is not None and self.data.splits is None:
             raise ValueError("data.splits must name what is trained on, such as data.splits=train")
+        if self.targets is not None and self.store is None:
+            raise ValueError("targets is a second store beside store; give store too")
+        if self.store is not None and self.codec is not None:
+            raise ValueError("codec encodes data; a store holds what it gave already")
+        stored = [name for name, term in self.align.items() if term.stored is not None]
+        if self.data is not None and stored:
+            raise ValueError(f"align.{stored[0]}.stored: only a store has stored targets; give store, or an encoder")
+        online = [name for name, term in self.align.items() if term.encoder is not None]
+        if self.store is not None and online:
+            raise ValueError(
+                f"align.{online[0]}.encoder: a store has no images for it; extract its targets and name them in stored"
+            )
         return self

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffrep.backbones import Backbone
     from diffrep.backbones.conditioning import Condition
 
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True)

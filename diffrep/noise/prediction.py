@@ -15,8 +15,9 @@ def solve(
     """Solves a prediction for x_0 and eps, where x = signal * x_0 + noise * eps.
 
     "epsilon" is eps; "sample" and EDM's "denoised" are x_0; "v_prediction" is signal * eps - noise * x_0 (Salimans and
-    Ho, 2022); "velocity" is the derivative of x by a flow's time, in units of its full length and in the direction in
-    which it runs: to the noise in REPA, SD3 and FLUX, to the data in SiT (Ma et al., 2024).
+    Ho, 2022); "score" is the gradient of the log density of x, -eps / noise; "velocity" is the derivative of x by a
+    flow's time, in units of its full length and in the direction in which it runs: to the noise in REPA, SD3 and FLUX,
+    to the data in SiT (Ma et al., 2024).
 
     Args:
         schedule: Says what is predicted.
@@ -25,7 +26,7 @@ def solve(
         level: Time and coefficients at which it was called.
 
     Returns:
-        x_0 and eps, (B, C, h, w) fp32.
+        x_0 and eps, (B, C, h, w) in fp32, or fp64 where x is.
 
     Raises:
         ConfigError: The output has another shape, or does not determine both at this level.
@@ -36,10 +37,13 @@ def solve(
             f"the network's output for {tuple(x.shape)} is {tuple(output.shape)}, so it predicts neither image nor "
             f"noise; a trajectory needs {channels} channels of that size, or {2 * channels} with variances"
         )
-    x, output = x.float(), output[:, :channels].float()
+    wide = torch.promote_types(x.dtype, torch.float32)  # a sampler keeps its state in fp64
+    x, output = x.to(wide), output[:, :channels].to(wide)
     kind = schedule.prediction
     if kind == "epsilon" and signal:
         return (x - noise * output) / signal, output
+    if kind == "score" and signal and noise:
+        return (x + noise**2 * output) / signal, -noise * output
     if kind in ("sample", "denoised") and noise:
         return output, (x - signal * output) / noise
     if kind == "v_prediction":
@@ -53,5 +57,5 @@ def solve(
     raise ConfigError(
         f"a prediction of {kind!r} does not tell image from noise at level {level.key!r}, where their coefficients "
         f"are {signal:g} and {noise:g}; known are 'epsilon' above signal 0, 'sample' and 'denoised' above noise 0, "
-        "'v_prediction' and 'velocity'"
+        "'score' above both, 'v_prediction' and 'velocity'"
     )

@@ -14,13 +14,13 @@ import numpy as np
 
 from diffrep.config import LevelSpec
 from diffrep.errors import ConfigError
+from diffrep.noise import path as paths
 from diffrep.noise.level import ON_TRAJECTORY, Level
 
 FORMS = "write a native time such as 261, 'sigma=0.7', 'logsnr=1.2', 'step 4/18', 'clean' or 'clean@-1'"
-# Song et al. (2021), VP: beta(s) = 0.1 + 19.9 s; log signal = -(19.9 / 4) s^2 - (0.1 / 2) s.
-VP_BETA_MIN, VP_BETA_SLOPE = 0.1, 19.9
-# SiT's samplers keep this far from the data end of the vp path, where the velocity is infinite.
-VP_LEAST_SHARE = 1e-3
+# SiT's samplers keep this far from ends at which what the network predicts does not tell image from noise, and from
+# the data end of the vp path, where the velocity is infinite.
+MARGIN = 1e-3
 
 
 class Schedule(ABC):
@@ -220,6 +220,7 @@ class FlowSchedule(Schedule):
         data_time: Time at the data end, in units of `scale`: 0 in REPA, SD3 and FLUX, 1 in SiT.
         scale: Native time of a full unit: 1000 in SD3.
         sampler: The diffusers scheduler it was read from, whose shift `steps` follows.
+        prediction: What the network predicts: "velocity", "epsilon", "sample" or "score"; see `solve`.
     """
 
     path: Literal["linear", "cosine", "vp"] = "linear"
@@ -235,8 +236,15 @@ class FlowSchedule(Schedule):
 
     @property
     def least_time(self) -> float:
-        """The data end, or on the vp path a little before it."""
-        return abs(self.data_time - (VP_LEAST_SHARE if self.path == "vp" else 0)) * self.scale
+        """The data end, or a little before it; see `span`."""
+        return abs(self.data_time - self.span[0]) * self.scale
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Shares of the way to noise between which samplers call the network, SiT's `sample_eps` from some ends."""
+        if self.path == "vp":
+            return MARGIN, 1.0
+        return (0.0, 1.0) if self.prediction == "velocity" else (MARGIN, 1 - MARGIN)
 
     @property
     def time_range(self) -> tuple[float, float]:
@@ -251,42 +259,32 @@ class FlowSchedule(Schedule):
                 f"{_written(self.clean_time)}; write 'sigma=...' for a noise-to-signal ratio"
             )
         time = float(_written(time))  # the key and the mixture name one level, however it was asked for
-        share = abs(time / self.scale - self.data_time)
-        if self.path == "linear":
-            signal, noise = 1 - share, share
-        elif self.path == "cosine":
-            signal, noise = math.cos(math.pi * share / 2), math.sin(math.pi * share / 2)
-        else:
-            log_signal = -VP_BETA_SLOPE / 4 * share**2 - VP_BETA_MIN / 2 * share
-            signal, noise = math.exp(log_signal), math.sqrt(-math.expm1(2 * log_signal))
-        return Level(f"t={_written(time)}", time, signal, noise)
+        signal, noise = paths.coefficients(self.path, abs(time / self.scale - self.data_time))
+        return Level(f"t={_written(time)}", time, float(signal), float(noise))
 
     def at_sigma(self, sigma: float) -> Level:
         """Returns the exact level of a noise-to-signal ratio."""
-        if self.path == "linear":
-            share = sigma / (1 + sigma)
-        elif self.path == "cosine":
-            share = 2 / math.pi * math.atan(sigma)
-        else:
-            # The bound keeps the square finite and lies beyond the end.
-            slope = VP_BETA_MIN**2 + 2 * VP_BETA_SLOPE * math.log1p(min(sigma, 1e100) ** 2)
-            share = (math.sqrt(slope) - VP_BETA_MIN) / VP_BETA_SLOPE
+        share = float(paths.share_at(self.path, sigma))
         if share > 1:
             raise ConfigError(f"sigma={_written(sigma)} lies beyond the end of the {self.path} path")
         return self.at(abs(self.data_time - share) * self.scale)
 
     def steps(self, count: int) -> list[float]:
-        """Returns the times at which an Euler sampler calls the network: shifted as the sampler says, else even."""
+        """Returns the times at which an Euler sampler calls the network: shifted as the sampler says, else even.
+
+        The noise end is the end of `span`.
+        """
         if self.sampler is None:
             shares = [(index + 1) / count for index in range(count)]
         else:
             whole = self.sampler.config.num_train_timesteps
             shares = sorted(float(time) / whole for time in _sampler_times(self.sampler, count))
-        return [abs(self.data_time - share) * self.scale for share in shares]
+        return [abs(self.data_time - min(share, self.span[1])) * self.scale for share in shares]
 
     def describe(self) -> dict[str, Any]:
-        """Returns path, direction and scale."""
-        return {"kind": "flow", "path": self.path, "data_time": self.data_time, "scale": self.scale}
+        """Returns path, direction, scale, and what is predicted where that is not the velocity."""
+        predicted = {} if self.prediction == "velocity" else {"prediction": self.prediction}
+        return {"kind": "flow", "path": self.path, "data_time": self.data_time, "scale": self.scale} | predicted
 
     def slopes(self, level: Level) -> tuple[float, float]:
         """Returns the derivatives of signal and noise by the time over `scale`, in the direction in which it runs.
@@ -294,16 +292,11 @@ class FlowSchedule(Schedule):
         Raises:
             ConfigError: They are infinite there, as at the data end of the vp path.
         """
-        sign = 1 if self.data_time == 0 else -1
-        if self.path == "linear":
-            return -sign * 1.0, sign * 1.0
-        if self.path == "cosine":
-            return -sign * math.pi / 2 * level.noise, sign * math.pi / 2 * level.signal
-        if not level.noise:
+        if self.path == "vp" and not level.noise:
             raise ConfigError(f"the velocity of the vp path is infinite at its data end, level {level.key!r}")
-        share = abs(level.time / self.scale - self.data_time)
-        slope = -sign * level.signal * (VP_BETA_SLOPE * share + VP_BETA_MIN) / 2
-        return slope, -level.signal * slope / level.noise
+        sign = 1 if self.data_time == 0 else -1
+        signal, noise = paths.slopes(self.path, abs(level.time / self.scale - self.data_time))
+        return sign * float(signal), sign * float(noise)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,13 @@ def to_dataset(store: FeatureStore, names: list[str], rows: np.ndarray) -> datas
     return datasets.Dataset.from_generator(_samples, features=datasets.Features(columns), gen_kwargs=arguments)
 
 
+def for_numpy(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor as float32 where numpy lacks its element type, else as it is."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn) else tensor
+
+
 def _column(datasets: Any, feature: torch.Tensor) -> Any:
-    dtype = "float32" if feature.dtype == torch.bfloat16 else str(feature.dtype).removeprefix("torch.")
+    dtype = str(for_numpy(feature).dtype).removeprefix("torch.")
     if feature.ndim == 1:
         return datasets.List(datasets.Value(dtype), length=len(feature))
     return getattr(datasets, f"Array{feature.ndim}D")(tuple(feature.shape), dtype)
@@ -58,6 +63,5 @@ def _samples(store: FeatureStore, names: tuple[str, ...], rows: np.ndarray) -> I
             # Names go with class numbers: those of the ones in a 0/1 row.
             sample["label"] = (np.flatnonzero(label) if label.ndim and store.classes else label).tolist()
         for name in names:
-            feature = store._tensor(unit, name)[place]
-            sample[name] = (feature.float() if feature.dtype == torch.bfloat16 else feature).numpy()
+            sample[name] = for_numpy(store._tensor(unit, name)[place]).numpy()
         yield sample

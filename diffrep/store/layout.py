@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from diffrep.errors import StoreError
 
@@ -59,8 +61,11 @@ def info_file(store: Path, number: int) -> Path:
     return tensor_file(store, number).with_suffix(".json")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it is seen whole or not at all: temporary name, fsync, rename, fsync of the folder.
+@contextmanager
+def open_whole(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing that is seen whole or not at all.
+
+    It has a temporary name until the block ends; then come fsync, rename and fsync of the folder.
 
     Raises:
         StoreError: The file cannot be written; nothing of it stays.
@@ -70,7 +75,7 @@ def write_whole(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -79,11 +84,18 @@ def write_whole(path: Path, content: bytes) -> None:
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise StoreError(
             f"cannot write {path}: {error.strerror or error}; finished units stay, run again to go on"
         ) from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that it is seen whole or not at all; see `open_whole`."""
+    with open_whole(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from diffrep.config import LevelSpec
 from diffrep.errors import StoreError, UnknownNameError
 from diffrep.noise import Level, LevelTable
+from diffrep.store.interop import for_numpy
 from diffrep.store.layout import INDEX, META, info_file, read_json, tensor_file
 
 if TYPE_CHECKING:
@@ -122,9 +123,8 @@ class FeatureStore(Dataset):
         return self._tensor(0, name)[:0] if found is None else found
 
     def numpy(self, layer: str, level: LevelSpec, split: str | None = None) -> np.ndarray:
-        """Returns the same as a numpy array; bfloat16, which numpy lacks, comes as float32."""
-        tensor = self.tensor(layer, level, split)
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        """Returns the same as a numpy array; bfloat16 and float8, which numpy lacks, come as float32."""
+        return for_numpy(self.tensor(layer, level, split)).numpy()
 
     def verify(self) -> list[int]:
         """Reads every file and returns the numbers of the units whose checksum is wrong."""
@@ -181,7 +181,7 @@ class FeatureStore(Dataset):
 
         It is written row by row to the library's cache (`HF_DATASETS_CACHE`) and mapped from there, so it need not fit
         into memory. Single labels with known names are a ClassLabel; several labels are a list of 0 and 1, or with
-        known names of ClassLabels. bfloat16, which Arrow lacks, becomes float32.
+        known names of ClassLabels. bfloat16 and float8, which Arrow lacks, become float32.
 
         Args:
             layer: Address; None takes all layers.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,18 @@ from torch.nn import functional as F
 
 from diffrep.backbones import Backbone
 from diffrep.backbones.conditioning import Condition
+from diffrep.backbones.fresh import trainable
 from diffrep.backbones.saving import options_of, save_backbone
 from diffrep.config import DistillConfig, LevelSpec
-from diffrep.data import ImageSet
 from diffrep.errors import ConfigError, LayerError
 from diffrep.extract.job import open_backbone
 from diffrep.noise import DiscreteSchedule, Schedule, mix
 from diffrep.taps import Recorder
 from diffrep.train.adapters import TimeAdapters, TimeAxis, positions, save_adapters
 from diffrep.train.conditions import Conditions
-from diffrep.train.objective import Objective
+from diffrep.train.data import TrainingSet
+from diffrep.train.objective import Batch, Loss, Objective
+from diffrep.train.order import StepRandom
 
 # Where CleanDIFT's students start, of 1,000 timesteps, and the noise-to-signal ratio of Stable Diffusion there.
 START, START_SIGMA = 261, 0.72
@@ -54,7 +55,7 @@ class Student(nn.Module):
         # A share of all times and no native time, so that Adam's steps, which have the size of the learning rate,
         # mean the same for timesteps up to 999 and for flows up to 1.
         self.drift = nn.Parameter(torch.zeros(()))
-        self.network = _trainable(teacher.network)
+        self.network = trainable(teacher.network)
         self.adapters = TimeAdapters(_channels(teacher, self.addresses), axis, config.adapter)
         self.to(teacher.device)
         # torch.compile ignores hooks that come after it.
@@ -138,18 +139,23 @@ class Distillation(Objective):
         self.conditions: Conditions | None = None
         self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
 
-    def student(self) -> Student:
+    @property
+    def image_channels(self) -> int:
+        """Channels of the teacher's images."""
+        return self.teacher.image_channels
+
+    def module(self) -> Student:
         """Returns a student at its start."""
         return Student(self.teacher, self.config)
 
-    def attach(self, images: ImageSet) -> None:
+    def attach(self, data: TrainingSet) -> None:
         """Reads what the images are conditioned on.
 
         Raises:
             ConfigError: The condition does not fit the network, or the data have no labels.
             DataError: An image has no caption.
         """
-        self.conditions = Conditions(self.config, self.teacher, images)
+        self.conditions = Conditions(self.config, self.teacher, data.images)
 
     def parameters(self, module: Student) -> list[dict[str, Any]]:
         """Returns the weights, and the time, which must not decay to zero."""
@@ -158,7 +164,7 @@ class Distillation(Objective):
             [{"params": [module.drift], "weight_decay": 0.0}] if module.drift.requires_grad else []
         )
 
-    def draw(self, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+    def draw(self, shape: tuple[int, ...], rng: StepRandom) -> tuple[torch.Tensor, ...]:
         """Draws times and noise.
 
         Returns:
@@ -166,41 +172,43 @@ class Distillation(Objective):
             is sampled, noise (B, C, h, w).
         """
         count, bins = shape[0], self.config.bins
-        place = (np.arange(bins) + rng.random((count, bins))) / bins
+        place = (np.arange(bins) + rng.uniform(count, bins)) / bins
         levels = [self.teacher.schedule.at(time) for time in self._native(place).reshape(-1).tolist()]
         numbers = zip(*((level.time, level.signal, level.noise) for level in levels), strict=True)
         inner = (self.teacher.in_channels, *self._latent_size(*shape[-2:]))
-        drawn = [rng.standard_normal((count, bins, *inner), dtype=np.float32)]
+        drawn = [rng.noise(count, bins, *inner)]
         if self.teacher.codec.random and self.config.posterior == "sample":
-            drawn.append(rng.standard_normal((count, *inner), dtype=np.float32))
-        return (*(torch.tensor(one).view(count, bins) for one in numbers), *map(torch.from_numpy, drawn))
+            drawn.append(rng.noise(count, *inner))
+        return (*(torch.tensor(one).view(count, bins) for one in numbers), *drawn)
 
     @torch.no_grad()
     def inputs(
-        self, images: torch.Tensor, rows: Sequence[int], drawn: Sequence[torch.Tensor]
+        self, batch: Batch, drawn: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, Condition, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns clean inputs of the network (B, C, h, w), their condition, and what was drawn for them."""
         time, signal, noise, eps, *spread = drawn
-        posterior = self.teacher.codec.encode(images)
+        posterior = self.teacher.codec.encode(batch.tensors["image"])
         clean = posterior.mean.float()
         if spread:
             clean = clean + posterior.std.float() * spread[0]
-        return clean, self.conditions(rows), time, signal, noise, eps
+        return clean, self.conditions(batch.rows), time, signal, noise, eps
 
     def loss(
         self,
         model: nn.Module,
+        step: int,
         clean: torch.Tensor,
         cond: Condition,
         time: torch.Tensor,
         signal: torch.Tensor,
         noise: torch.Tensor,
         eps: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> Loss:
         """Returns the sum over layers of the mean distance over images, times and positions.
 
         Args:
             model: Called as a `Student` is.
+            step: Steps that are done.
             clean: (B, C, h, w).
             cond: One row for all or one for each image.
             time: Native times (B, T).
@@ -213,14 +221,15 @@ class Distillation(Objective):
         many = {name: row if len(row) == 1 else row.repeat_interleave(bins, 0) for name, row in cond.items()}
         wanted = self.teacher.capture(noised, time.flatten(), self.layers, many, tokens=True)
         found = model(clean, cond, time)
-        return sum(
-            distance(found[name], positions(wanted[name]).unflatten(0, (count, bins)), self.config.loss)
+        distances = {
+            name: distance(found[name], positions(wanted[name]).unflatten(0, (count, bins)), self.config.loss)
             for name in self.layers
-        )
+        }
+        return Loss(sum(distances.values()), {f"distill/{name}": one.detach() for name, one in distances.items()})
 
     def export(self, module: Student, target: Path, dtype: torch.dtype) -> None:
         """Writes the student as a backbone like the teacher, with adapters, time and level beside it."""
-        # Past diffusers' own `to` and `float`, as in `Denoising`.
+        # Past diffusers' own `to` and `float`, as in `Generative`.
         save_backbone(self.teacher, nn.Module.to(module.network, dtype), target)
         nn.Module.float(module.network)
         save_adapters(module.adapters, target, **self.facts(module), note=self._note())
@@ -259,17 +268,6 @@ def distance(found: torch.Tensor, wanted: torch.Tensor, kind: str) -> torch.Tens
     if kind == "cosine":
         return -F.cosine_similarity(found, wanted, dim=-1).mean()
     return F.mse_loss(found, wanted) if kind == "mse" else F.l1_loss(found, wanted)
-
-
-def _trainable(network: nn.Module) -> nn.Module:
-    """Returns a copy to train, in eval mode; fixed tables of official networks stay fixed."""
-    student = copy.deepcopy(network).requires_grad_(True).eval()
-    if hasattr(network, "arguments"):
-        with torch.device("meta"):
-            fresh = type(network)(**network.arguments)
-        for weight, published in zip(student.parameters(), fresh.parameters(), strict=True):
-            weight.requires_grad_(published.requires_grad)
-    return student
 
 
 def _channels(teacher: Backbone, addresses: Mapping[str, Any]) -> dict[str, int]:

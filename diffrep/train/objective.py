@@ -1,66 +1,126 @@
-"""What a training run minimises: the form of an objective, and denoising."""
+"""What a training run minimises: the form of an objective."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
-from torch.nn import functional as F
 
-from diffrep.config import ScheduleConfig
-from diffrep.data import ImageSet
+from diffrep.train.order import StepRandom
+
+if TYPE_CHECKING:
+    from diffrep.train.average import Average
+    from diffrep.train.data import TrainingSet
+    from diffrep.train.log import Stopwatch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What of a step is one process's, on the device.
+
+    Attributes:
+        rows: Places of the samples in the data set.
+        tensors: "image" (B, C, H, W) in [0, 1], or "latents" (B, C, h, w), or "moments" (B, 2C, h, w); "label" (B,)
+            int64; "targets.NAME" (B, D, h, w).
+    """
+
+    rows: list[int]
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def clean(self) -> torch.Tensor:
+        """Images, latents or moments."""
+        return next(self.tensors[name] for name in ("image", "latents", "moments") if name in self.tensors)
+
+
+@dataclass
+class Loss:
+    """What an objective gives for a batch.
+
+    Attributes:
+        total: What is minimised, a scalar in fp32.
+        parts: Scalars that are logged, by name.
+        places: Of each sample's loss: the share of the way to noise (B,) in [0, 1]; None where that means nothing.
+        values: The losses (B,) that belong to `places`.
+    """
+
+    total: torch.Tensor
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    places: torch.Tensor | None = None
+    values: torch.Tensor | None = None
 
 
 class Objective(ABC):
     """A loss, what it draws at random, and what is left of it at the end.
 
-    The trainer owns the module that is trained, images, optimizer and processes, and asks an objective in each step:
+    The trainer owns the module that is trained, data, optimizer and processes, and asks an objective in each step:
 
-        drawn = objective.draw(shape, rng)                                  # for the images of all processes, then cut
-        loss = objective.loss(model, *objective.inputs(images, rows, drawn))   # for each part of this process's share
+        drawn = objective.draw(shape, rng)                                 # for the samples of all processes, then cut
+        loss = objective.loss(model, step, *objective.inputs(batch, drawn))    # for each part of this process's share
     """
 
-    def attach(self, images: ImageSet) -> None:  # noqa: B027 - most need no more
-        """Takes note of the data set, for objectives that need more of a sample than its pixels."""
+    @property
+    @abstractmethod
+    def image_channels(self) -> int:
+        """Channels of the images that it is trained on, 1 or 3."""
+
+    @property
+    def flops(self) -> int | None:
+        """FLOPs of the model's forward on one sample; None where they are not known."""
+        return None
+
+    @property
+    def teacher_watch(self) -> Stopwatch | None:
+        """Times the targets of a step; None where there are none."""
+        return None
+
+    def attach(self, data: TrainingSet) -> None:  # noqa: B027 - most need no more
+        """Takes note of the data set, for objectives that need more of a sample than its tensors."""
+
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """Returns what is trained, at its start; called once, after `attach`."""
+
+    def follow(self, average: Average) -> None:  # noqa: B027 - most need no more
+        """Takes note of the averaged weights, for objectives whose targets come from them."""
 
     def parameters(self, module: nn.Module) -> list[dict[str, Any]]:
         """Returns the parameter groups of the optimizer; a group's "scale" multiplies the learning rate."""
         return [{"params": [weight for weight in module.parameters() if weight.requires_grad]}]
 
     @abstractmethod
-    def draw(self, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+    def draw(self, shape: tuple[int, ...], rng: StepRandom) -> tuple[Any, ...]:
         """Draws what a step needs at random.
 
         Args:
-            shape: (B, C, H, W) of the images over all processes.
-            rng: The step's generator.
+            shape: Of `Batch.clean` over all processes.
+            rng: The step's randomness.
 
         Returns:
-            CPU tensors (B, ...).
+            Tensors (B, ...), or values that are cut and moved as tensors are: `value[slice]`, `value.to(device)`.
         """
 
     @abstractmethod
-    def inputs(self, images: torch.Tensor, rows: Sequence[int], drawn: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-        """Returns what `loss` takes besides the model.
+    def inputs(self, batch: Batch, drawn: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Returns what `loss` takes besides the model and the step, without gradients.
 
         Args:
-            images: (B, C, H, W) in [0, 1], on the device.
-            rows: Their places in the data set.
+            batch: The samples.
             drawn: Their rows of what `draw` gave, on the device.
         """
 
     @abstractmethod
-    def loss(self, model: nn.Module, *inputs: Any) -> torch.Tensor:
-        """Returns the mean loss over the images, a scalar in fp32.
+    def loss(self, model: nn.Module, step: int, *inputs: Any) -> Loss:
+        """Returns the mean loss over the samples.
 
         Args:
             model: The module as the trainer has prepared it.
+            step: Steps that are done.
             inputs: What `inputs` gave.
         """
 
@@ -71,52 +131,3 @@ class Objective(ABC):
     def facts(self, module: nn.Module) -> dict[str, Any]:
         """Returns what results.json says besides the loss; the module holds the averaged weights."""
         return {}
-
-
-class Denoising(Objective):
-    """Mean squared error of the network's prediction of the noise, or of v (Ho et al., 2020; Salimans and Ho, 2022).
-
-    Args:
-        schedule: Noise schedule and prediction type.
-        timesteps: "uniform", or "low" for t = T u^2.
-    """
-
-    def __init__(self, schedule: ScheduleConfig, timesteps: str = "uniform"):
-        self.scheduler = DDPMScheduler(**schedule.model_dump(), clip_sample=False)
-        self.timesteps = timesteps
-
-    def draw(self, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws timesteps (B,) int64 and unit Gaussian noise (B, C, H, W) fp32."""
-        u = rng.random(shape[0])
-        total = self.scheduler.config.num_train_timesteps
-        t = np.floor(total * (u**2 if self.timesteps == "low" else u)).astype(np.int64)
-        return torch.from_numpy(t), torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-
-    def inputs(
-        self, images: torch.Tensor, rows: Sequence[int], drawn: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the images in [-1, 1], and what was drawn."""
-        t, eps = drawn
-        return images * 2 - 1, t, eps
-
-    def loss(self, model: nn.Module, clean: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        """Returns the mean squared error.
-
-        Args:
-            model: Called as model(x_t, t); gives an object with `.sample` (B, C, H, W).
-            clean: Clean images (B, C, H, W) in [-1, 1].
-            t: Timesteps (B,).
-            eps: Noise (B, C, H, W).
-        """
-        noisy = self.scheduler.add_noise(clean, eps, t)
-        target = eps
-        if self.scheduler.config.prediction_type == "v_prediction":
-            target = self.scheduler.get_velocity(clean, eps, t)
-        return F.mse_loss(model(noisy, t).sample.float(), target)
-
-    def export(self, module: nn.Module, target: Path, dtype: torch.dtype) -> None:
-        """Writes the network as a folder of diffusers, with its scheduler."""
-        # Past diffusers' own `to` and `float`, which warn of modules to keep in fp32 even when there are none.
-        nn.Module.to(module, dtype).save_pretrained(target)
-        nn.Module.float(module)
-        self.scheduler.save_pretrained(target / "scheduler")

@@ -27,6 +27,10 @@ SCHEDULES = {
     "cosine, data at 1": FlowSchedule("cosine", data_time=1),
     "vp": FlowSchedule("vp"),
     "vp, data at 1": FlowSchedule("vp", data_time=1),
+    "flow, epsilon": FlowSchedule(prediction="epsilon"),
+    "flow, sample": FlowSchedule(data_time=1, prediction="sample"),
+    "cosine, score": FlowSchedule("cosine", data_time=1, prediction="score"),
+    "vp, score": FlowSchedule("vp", prediction="score"),
     "edm": SigmaSchedule(),
 }
 
@@ -41,7 +45,7 @@ def times(schedule, spec):
 
 def prediction(schedule, level, clean, eps):
     """What a perfect network would give for a mixture; velocities are differentiated numerically."""
-    if isinstance(schedule, FlowSchedule):
+    if schedule.prediction == "velocity":
         h = 1e-6 * schedule.scale
         after, before = schedule.at(level.time + h), schedule.at(level.time - h)
         slopes = [
@@ -50,7 +54,9 @@ def prediction(schedule, level, clean, eps):
         ]
         return slopes[0] * clean + slopes[1] * eps
     v = level.signal * eps - level.noise * clean
-    return {"epsilon": eps, "v_prediction": v, "sample": clean, "denoised": clean}[schedule.prediction]
+    score = -eps / level.noise
+    known = {"epsilon": eps, "v_prediction": v, "sample": clean, "denoised": clean, "score": score}
+    return known[schedule.prediction]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -62,7 +68,7 @@ def test_a_perfect_prediction_is_solved_for_what_was_mixed(schedule, sigma):
     output = prediction(schedule, level, clean, eps)
     # Learned variances after the prediction are not looked at.
     for given in (output, torch.cat([output, torch.full_like(output, torch.nan)], dim=1)):
-        found = solve(schedule, x, given.float(), level)
+        found = solve(schedule, x.float(), given.float(), level)
         torch.testing.assert_close(found[0], clean.float(), atol=2e-5 * (1 + sigma), rtol=1e-5)
         torch.testing.assert_close(found[1], eps.float(), atol=2e-5 * (1 + 1 / sigma), rtol=1e-5)
 
@@ -97,6 +103,7 @@ def test_velocities_are_solved_at_both_ends(path, data_time):
         (FlowSchedule(), [0, 0.2, 0.4, 0.6, 0.8], 1, [1, 0.8, 0.6, 0.4, 0.2]),
         (FlowSchedule(data_time=1), [1, 0.8, 0.6, 0.4, 0.2], 0, [0, 0.2, 0.4, 0.6, 0.8]),
         (FlowSchedule("vp", data_time=1), [0.999, 0.8, 0.6, 0.4, 0.2], 0, [0, 0.2, 0.4, 0.6, 0.8]),
+        (FlowSchedule(prediction="score"), [0.001, 0.2, 0.4, 0.6, 0.8], 0.999, [0.999, 0.8, 0.6, 0.4, 0.2]),
         (  # the class goes down to a thousandth before it shifts
             FlowSchedule(scale=1000.0, sampler=FlowMatchEulerDiscreteScheduler(shift=3.0)),
             [0, 502.985046, 751.121094, 900.35907, 1000],
@@ -241,7 +248,7 @@ def gaussian_network(schedule, x, level):
     power = level.signal**2 * SPREAD**2 + level.noise**2
     clean = MEAN + level.signal * SPREAD**2 / power * (x - level.signal * MEAN)
     eps = level.noise / power * (x - level.signal * MEAN)
-    if isinstance(schedule, FlowSchedule):
+    if schedule.prediction == "velocity":
         signal, noise = schedule.slopes(level)
         return signal * clean + noise * eps
     return prediction(schedule, level, clean, eps)
@@ -281,8 +288,11 @@ def test_predictions_that_tell_nothing_are_refused():
         solve(SigmaSchedule(), x, x, clean)
     with pytest.raises(ConfigError, match="infinite at its data end"):
         solve(FlowSchedule("vp"), x, x, FlowSchedule("vp").at(0))
-    with pytest.raises(ConfigError, match="'score' does not tell"):
-        solve(DiscreteSchedule((0.9, 0.5), "score"), x, x, Level("t=0", 0, 0.9, 0.4))
+    for end in (0, 1):
+        with pytest.raises(ConfigError, match="'score' does not tell.*'score' above both"):
+            solve(FlowSchedule(prediction="score"), x, x, FlowSchedule().at(end))
+    with pytest.raises(ConfigError, match="'flow_prediction' does not tell"):
+        solve(DiscreteSchedule((0.9, 0.5), "flow_prediction"), x, x, Level("t=0", 0, 0.9, 0.4))
     assert all(part.isfinite().all() for part in solve(discrete("v_prediction"), x, x, pure))
     for shape in ((1, 4, 2, 2), (1, 3, 4, 4)):
         with pytest.raises(ConfigError, match="predicts neither image nor noise; a trajectory needs 3 channels"):

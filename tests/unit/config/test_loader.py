@@ -11,6 +11,7 @@ from diffrep.config import (
     FeedbackConfig,
     MatchConfig,
     ProbeConfig,
+    SampleConfig,
     SearchConfig,
     TrainConfig,
     VtabConfig,
@@ -120,6 +121,7 @@ SCHEMAS = {
     "feedback": (FeedbackConfig, ["backbone=B", "data=X", "out=Y", "levels=[90]", "read=[up_blocks.1]"]),
     "vtab": (VtabConfig, ["backbone=B", "data=X", "out=Y"]),
     "train": (TrainConfig, ["data=X", "out=Y"]),
+    "sample": (SampleConfig, ["backbone=B", "out=Y"]),
     "correspond-evaluate": (CorrespondConfig, ["backbone=B", "pairs=X", "out=Y"]),
     "correspond-train": (AggregateConfig, ["backbone=B", "pairs=X", "val_pairs=Z", "out=Y"]),
     "correspond-match": (MatchConfig, ["backbone=B", "out=Y"]),
@@ -134,8 +136,10 @@ def verb_of(file):
     return ACTIONS.get(file.name, "correspond-evaluate") if folder == "correspond" else folder
 
 
-SHIPPED = [(verb_of(file), file) for file in sorted(CONFIGS.rglob("*.yaml"))]
+FILES = [file for file in sorted(CONFIGS.rglob("*.yaml")) if file.parent.name != "accelerate"]  # accelerate's own
+SHIPPED = [(verb_of(file), file) for file in FILES]
 WORDS = {"fashion_full.yaml": ["trained.attention.store=Z"]}
+WORDS |= {file.name: ["data=null"] for verb, file in SHIPPED if verb == "train" and file.name.startswith("mini")}
 
 
 def read_back(config, folder):
@@ -148,7 +152,7 @@ def read_back(config, folder):
 @pytest.mark.parametrize(("verb", "file"), SHIPPED, ids=[f"{verb}/{file.stem}" for verb, file in SHIPPED])
 def test_shipped_configs_load_and_can_be_read_back(verb, file, tmp_path):
     schema, words = SCHEMAS[verb]
-    config = load_config(schema, [file], words + (WORDS.get(file.name, []) if verb == "probe" else []))
+    config = load_config(schema, [file], words + (WORDS.get(file.name, []) if verb in ("probe", "train") else []))
     assert read_back(config, tmp_path) == config
 
 
@@ -177,6 +181,9 @@ CHANGES = {
     ],
     "feedback": ["pairs=[[up_blocks.0,down_blocks.1],[a,b]]", "head.kind=linear", "lr=1e-5", "test_split=null"],
     "train": ["model.args={sample_size: 32, norm: null}", "data.splits=train", "steps=3", "clip=0.5"],
+    "sample": [
+        "sampler.method=sde", "sampler.interval=[0.1,0.7]", "sampler.guided_channels=3", "labels=[3,1]", "grid=0",
+    ],
     "correspond-evaluate": [
         "request.layers=blocks", "request.levels=[hf.inversion 9/10]", "request.noise=inversion", "join=true",
         "protocols=[geoaware-soft,{base: dift, threshold: points}]", "beside.other.backbone=C", "alphas=0.2",

@@ -14,8 +14,8 @@ def test_settings_that_contradict_each_other():
     args = to_plain(ModelConfig(args={"sample_size": 16}))
     wrong("give model .* or distill .*; both are given", model=args)
     wrong("neither is given", distill=None)
-    wrong("only for denoising training: timesteps", timesteps="low")
-    wrong("only for denoising training: schedule", schedule={"prediction_type": "v_prediction"})
+    wrong("only for diffusion models: objective", objective={"kind": "flow"})
+    wrong("only for diffusion models: label_dropout", label_dropout=0.2)
     wrong("cond and labels are given", distill=good["distill"] | {"cond": 0, "labels": True})
     wrong("give a .json file", distill=good["distill"] | {"captions": "a photo"})
     wrong(

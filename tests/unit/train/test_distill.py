@@ -21,9 +21,11 @@ from diffrep.data import open_images
 from diffrep.errors import ConfigError, DataError, LayerError
 from diffrep.testing import save_images, save_tiny_pipeline
 from diffrep.train.adapters import TimeAxis, load_adapters, positions
+from diffrep.train.data import open_training
 from diffrep.train.distill import Distillation, distance
-from diffrep.train.order import step_rng
-from diffrep.train.trainer import _backward, _rate
+from diffrep.train.objective import Batch
+from diffrep.train.order import StepRandom
+from diffrep.train.trainer import backward, rate
 
 CPU = torch.device("cpu")
 SMALL = AdapterConfig(width=16, depth=1, blocks=2)
@@ -61,16 +63,16 @@ def stir(module, std=0.1):
 
 def opened(teacher, image_folder, **changes):
     objective = Distillation(distill(teacher, **changes), CPU)
-    images = open_images(DataConfig(path=image_folder, splits="train"), objective.teacher.image_channels)
-    objective.attach(images)
-    return objective, images
+    data = open_training(config(teacher, image_folder, "unused", changes), objective.image_channels)
+    objective.attach(data)
+    return objective, data.images
 
 
 def some(objective, images, rows, step=0):
     """Returns what the loss of some images takes, with the draws of a step."""
     batch = torch.stack([images[row] for row in rows])
-    drawn = objective.draw(tuple(batch.shape), step_rng(0, "step", step))
-    return objective.inputs(batch, rows, drawn)
+    drawn = objective.draw(tuple(batch.shape), StepRandom(0, step))
+    return objective.inputs(Batch(rows, {"image": batch}), drawn)
 
 
 def exported(run):
@@ -91,7 +93,7 @@ def teacher_of(kind, folder_of):
 def test_a_student_begins_as_its_teacher_at_a_clean_level(folder_of, image_folder, kind):
     source, layers = teacher_of(kind, folder_of)
     objective, images = opened(source, image_folder, layers=layers)
-    student = objective.student()
+    student = objective.module()
     clean, cond, time, *_ = some(objective, images, [0, 7])
     level = objective.teacher.schedule.level(objective.facts(student)["level"])
     assert level.noise == 0
@@ -109,7 +111,7 @@ def test_a_student_begins_as_its_teacher_at_a_clean_level(folder_of, image_folde
 @pytest.mark.parametrize("kind", ["cosine", "mse", "l1"])
 def test_the_loss_is_that_of_a_plain_loop(folder_of, image_folder, kind):
     objective, images = opened(folder_of("dit"), image_folder, layers=["blocks"], loss=kind, bins=2)
-    student = objective.student()
+    student = objective.module()
     stir(student)
     clean, cond, time, signal, noise, eps = some(objective, images, [0, 4, 9])
     assert eps.shape == (3, 2, 4, 8, 8) and time.shape == (3, 2)
@@ -126,15 +128,15 @@ def test_the_loss_is_that_of_a_plain_loop(folder_of, image_folder, kind):
                 each = (found - wanted).abs() ** (2 if kind == "mse" else 1)
             distances.append(each.mean())
         total += torch.stack(distances).mean()
-    torch.testing.assert_close(objective.loss(student, clean, cond, time, signal, noise, eps), total)
+    torch.testing.assert_close(objective.loss(student, 0, clean, cond, time, signal, noise, eps).total, total)
 
 
 def test_the_network_runs_once_an_image(folder_of, image_folder):
     objective, images = opened(folder_of("unet2d"), image_folder, bins=3)
-    student = objective.student()
+    student = objective.module()
     calls = []
     student.network.conv_in.register_forward_hook(lambda *call: calls.append(len(call[2])))
-    objective.loss(student, *some(objective, images, [0, 1]))
+    objective.loss(student, 0, *some(objective, images, [0, 1]))
     assert calls == [2]
 
 
@@ -143,7 +145,7 @@ def test_times_fall_into_every_bin(folder_of, kind):
     source, layers = teacher_of(kind, folder_of)
     objective = Distillation(DistillConfig(teacher=source, layers=layers, bins=4, adapter=SMALL), CPU)
     shape = (64, objective.teacher.image_channels, 16, 16)
-    time, signal, noise, eps, *spread = objective.draw(shape, step_rng(0, "step", 0))
+    time, signal, noise, eps, *spread = objective.draw(shape, StepRandom(0, 0))
     share = TimeAxis.of(objective.teacher.schedule).share(time)
     assert ((share * 4).floor() == torch.arange(4)).float().mean() > 0.98
     assert share[:, 0].std() > 0.05, "spread over the bin"
@@ -158,10 +160,10 @@ def test_times_fall_into_every_bin(folder_of, kind):
 
 def test_a_range_of_times_and_a_first_time_are_levels(folder_of):
     objective = Distillation(distill(folder_of("unet2d"), times=[100, 120], time_init="clean@30.5", bins=1), CPU)
-    time = objective.draw((500, 1, 16, 16), step_rng(0, "step", 0))[0]
+    time = objective.draw((500, 1, 16, 16), StepRandom(0, 0))[0]
     assert (time.min(), time.max()) == (100, 120) and time.dtype == torch.int64
-    assert objective.student().time == 30.5
-    assert Distillation(distill(folder_of("unet2d")), CPU).student().time == 261
+    assert objective.module().time == 30.5
+    assert Distillation(distill(folder_of("unet2d")), CPU).module().time == 261
 
 
 def test_weights_that_no_layer_depends_on_stay_and_the_time_does_not_decay(folder_of, image_folder, tmp_path):
@@ -189,13 +191,13 @@ def test_a_student_learns(folder_of, tmp_path):
     # On images that it has not seen, and against the untrained student.
     objective, _ = opened(folder_of("unet2d"), photos, bins=2)
     unseen = open_images(DataConfig(path=photos, splits="test"), 1)
-    start = objective.student()
-    trained = objective.student()
+    start = objective.module()
+    trained = objective.module()
     trained.network.load_state_dict(load_backbone(model, device="cpu").network.state_dict())
     trained.adapters = load_adapters(model)
     inputs = some(objective, unseen, range(12), step=99)
     with torch.no_grad():
-        assert objective.loss(trained, *inputs) < objective.loss(start, *inputs) - 0.05
+        assert objective.loss(trained, 0, *inputs).total < objective.loss(start, 0, *inputs).total - 0.05
 
 
 def test_resume_is_exact(folder_of, image_folder, tmp_path):
@@ -231,14 +233,14 @@ def test_parts_of_a_step_add_up_to_it(folder_of, image_folder, tmp_path):
     found = []
     for parts in (1, 2, 4):
         torch.manual_seed(0)
-        student = objective.student()
+        student = objective.module()
         stir(student)
         settings = config(folder_of("unet2d"), image_folder, tmp_path, accumulate=parts)
-        loss = _backward(objective, student, settings, 3, rows, pixels, accelerator)
+        loss = backward(objective, student, settings, 3, Batch(rows, {"image": pixels}), accelerator)
         found.append((loss, {name: weight.grad for name, weight in student.named_parameters()}))
     dist.teardown(accelerator)
     for loss, grads in found[1:]:
-        torch.testing.assert_close(loss, found[0][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(loss.total, found[0][0].total, atol=1e-5, rtol=1e-5)
         for name, grad in grads.items():
             torch.testing.assert_close(grad, found[0][1][name], atol=1e-5, rtol=1e-3)
     with pytest.raises(ConfigError, match="does not divide among 1 processes in 3 parts each"):
@@ -249,7 +251,7 @@ def test_the_learning_rate_may_stay(folder_of, image_folder):
     given = {"warmup": 2, "steps": 6}
     for decay, wanted in (("none", [0.5, 1, 1, 1, 1, 1]), ("cosine", [0.5, 1, 1, 0.853553, 0.5, 0.146447])):
         settings = config(folder_of("unet2d"), image_folder, "x", decay=decay, **given)
-        assert [_rate(step, settings) for step in range(6)] == pytest.approx(wanted, abs=1e-6)
+        assert [rate(step, settings) for step in range(6)] == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.mp
@@ -273,12 +275,12 @@ def test_two_processes_train_the_same_student(folder_of, image_folder, tmp_path,
 @pytest.mark.compile
 def test_a_compiled_student_is_the_same(folder_of, image_folder):
     objective, images = opened(folder_of("unet2d"), image_folder, layers=["mid_block"])
-    student = objective.student()
+    student = objective.module()
     inputs = some(objective, images, [0, 4])
     losses, grads = [], []
     for model in (student, torch.compile(student, backend="aot_eager")):
         student.zero_grad()
-        losses.append(objective.loss(model, *inputs))
+        losses.append(objective.loss(model, 0, *inputs).total)
         losses[-1].backward()
         grads.append([weight.grad for weight in student.parameters() if weight.requires_grad])
     torch.testing.assert_close(losses[1], losses[0])
@@ -294,7 +296,7 @@ def test_an_exported_folder_is_the_student(folder_of, image_folder, tmp_path):
     run = tmp_path / "run"
     model = run_train(config(source, image_folder, run, {"layers": ["blocks"]}, ema=0.0, lr=1e-2))
     objective, images = opened(source, image_folder, layers=["blocks"])
-    student = objective.student()
+    student = objective.module()
     student.load_state_dict(load_file(run / "checkpoints" / "step-0000004" / "model.safetensors"))
 
     backbone = load_backbone(model, device="cpu")
@@ -345,12 +347,12 @@ def test_images_conditioned_on_their_labels(folder_of, image_folder):
     rows = [0, 7, 14]
     inputs = some(objective, images, rows)
     assert inputs[1]["labels"].tolist() == [images.label(row) for row in rows] == [0, 1, 2]
-    student = objective.student()
+    student = objective.module()
     one = some(objective, images, rows)
     unlabelled, _ = opened(folder_of("dit"), image_folder, layers=["blocks.1"])
     other = some(unlabelled, images, rows)
     assert len(other[1]["labels"]) == 1, "one row serves all"
-    assert objective.loss(student, *one) != unlabelled.loss(unlabelled.student(), *other)
+    assert objective.loss(student, 0, *one).total != unlabelled.loss(unlabelled.module(), 0, *other).total
 
 
 def test_captions(image_folder, tmp_path):
@@ -360,7 +362,7 @@ def test_captions(image_folder, tmp_path):
     cond = some(objective, images, [0, 7])[1]
     wanted = objective.teacher.condition(["a photo of a class0", "a photo of a class1"], 2)
     assert torch.equal(cond["prompt_embeds"], wanted["prompt_embeds"])
-    objective.loss(objective.student(), *some(objective, images, [0, 7])).backward()
+    objective.loss(objective.module(), 0, *some(objective, images, [0, 7])).total.backward()
 
     texts = tmp_path / "captions.json"
     texts.write_text(json.dumps({images.id(row): f"number {row}" for row in range(len(images))}))
@@ -393,7 +395,7 @@ def test_captions_that_are_missing_or_do_not_fit(folder_of, image_folder, tmp_pa
     shutil.copytree(image_folder / "train" / "class0", flat)
     objective = Distillation(distill(folder_of("dit"), labels=True, **layers), CPU)
     with pytest.raises(ConfigError, match="need data that have one label each"):
-        objective.attach(open_images(DataConfig(path=flat), 3))
+        objective.attach(open_training(config(folder_of("dit"), flat, "x", data=DataConfig(path=flat, splits="all")), 3))
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
