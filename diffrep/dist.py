@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -31,14 +35,35 @@ def label(work: str) -> str:
 def launch(processes: int, words: list[str]) -> int:
     """Runs `diffrep WORDS` in several processes on this machine and returns the exit status.
 
-    torchrun, because `accelerate launch --cpu --num_processes N` runs one process and says nothing.
+    torchrun, because `accelerate launch --cpu --num_processes N` runs one process and says nothing. SIGTERM and
+    SIGUSR1 reach the processes; torchrun then ends with status 1, whatever they made of it.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"  # or torchrun gives runs of one process each
-    return subprocess.run([*command, "-m", "diffrep", *words], env=environment).returncode
+    # What torchrun passes on, and how long it waits for processes that save a checkpoint before they end.
+    environment.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    environment.setdefault("PET_SHUTDOWN_TIMEOUT", "180")
+    process = subprocess.Popen([*command, "-m", "diffrep", *words], env=environment)
+    with _passed_on(process):
+        return process.wait()
+
+
+@contextmanager
+def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Passes SIGTERM and SIGUSR1 on to a process; the main thread alone may handle signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda got, _: process.send_signal(got)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def teardown(accelerator: Accelerator | None = None, *prepared: Any) -> None:

@@ -178,7 +178,7 @@ def open_prepare(
         raise ConfigError(f"config of family 'prepare' is a dict of {known}; got {config!r}")
     wanted = validate(PrepareConfig, dict(config or {}), "config of family 'prepare'")
     for name in wanted.encoders:
-        _check_name(name)
+        check_name("encoders", name)
     codec = _codec(source, wanted.channels, revision, device, dtype)
     if wanted.moments and not codec.random:
         raise ConfigError(
@@ -200,10 +200,19 @@ def _codec(
     return codec
 
 
-def _check_name(name: str) -> None:
-    # Names become parts of layer addresses and of attribute names.
-    if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name.endswith(FLIP) or hasattr(nn.ModuleDict, name):
+def check_name(what: str, name: str) -> None:
+    """Checks the name of targets or of an alignment term, which becomes part of layers, files and modules.
+
+    Args:
+        what: The key whose names are meant.
+        name: The name.
+
+    Raises:
+        ConfigError: It cannot be one.
+    """
+    # A ModuleDict refuses what is an attribute of its own.
+    if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name.endswith(FLIP) or hasattr(nn.ModuleDict(), name):
         raise ConfigError(
-            f"encoders: {name!r} cannot name targets; take letters, digits, _ and -, from a letter on, no word of "
-            f"Python's dicts, and no ending {FLIP}"
+            f"{what}: {name!r} cannot be a name here; take letters, digits, _ and -, from a letter on, no word of "
+            f"Python's dicts or torch's modules, and no ending {FLIP}"
         )

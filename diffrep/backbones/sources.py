@@ -14,6 +14,7 @@ from diffrep.errors import CheckpointError, ConfigError, UnknownNameError
 BUNDLED: dict[str, str] = {
     "fashion-unet": "U-Net, 32x32, one channel, trained on the 60,000 training images of Fashion-MNIST",
     "cifar-unet": "U-Net, 32x32, colour, trained on the 50,000 training images of CIFAR-10",
+    "sit-mini": "SiT with REPA, 32x32, one channel, trained on Fashion-MNIST: the 60,000 training images, labelled",
 }
 # Only safetensors and JSON are fetched from the hub; half-precision and EMA duplicates of the same weights are not.
 # Root files are named one by one: a pipeline's root often holds whole single-file checkpoints too.

@@ -20,7 +20,7 @@ VERBS = {
     "feedback": "train DifFeed, which back-propagates through the frozen U-Net",
     "correspond": "match key points between images: evaluate, train, match, warp",
     "convert": "checkpoint -> safetensors and JSON that every verb opens",
-    "train": "train a small diffusion model",
+    "train": "train a diffusion model, with representation alignment (REPA) or without; or a student of a backbone",
     "sample": "make images with a diffusion model: PNG files, the .npz that evaluators read, a grid",
     "report": "write report.html again from a run folder",
     "ls": "list bundled backbones and data sets",

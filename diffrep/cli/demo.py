@@ -1,4 +1,4 @@
-"""Run the whole path on the bundled network and images: features, probes, baselines, head, matching, report.
+"""Run the whole path on bundled networks and images: features, probes, baselines, head, matching, report.
 
 Examples:
   diffrep demo
@@ -28,11 +28,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--limit must lie between 100 and 5000, got {arguments.limit}")
     from diffrep import dist, load_backbone
     from diffrep.correspond.geometric import table as warp_table
-    from diffrep.demo import BACKBONE, demo
+    from diffrep.demo import BACKBONE, TRANSFORMER, demo
     from diffrep.probe.run import table
 
-    backbone = load_backbone(BACKBONE, device="meta")
-    print(f"{BACKBONE}, its blocks in execution order:\n{layer_table(backbone, depth=1)}\n")
+    for name in (BACKBONE, TRANSFORMER):
+        backbone = load_backbone(name, device="meta")
+        print(f"{name}, its blocks in execution order:\n{layer_table(backbone, depth=1)}\n")
     metrics = demo(arguments.out, arguments.limit)
     report = (arguments.out / "report.html").resolve()
     print("\n".join(["", table(metrics), "", warp_table(metrics["geometric"]), "", f"report: {report}"]))

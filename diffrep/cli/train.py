@@ -1,9 +1,9 @@
-"""Train a diffusion model, with representation alignment or without, or a student of a backbone; run it again to go on.
+"""Train a diffusion model, with alignment or without, or a student of a backbone; run it again to go on.
 
-A `model` section names the network, `objective` what it learns to predict, `align` what its features are drawn to (REPA,
-iREPA, SRA, dispersive, U-REPA). With a `distill` section in their place the network is a copy of a teacher that learns to
-give, for clean images, the features that the teacher gives for noised ones (CleanDIFT). Read it with noise=none at the
-level that model/distill.json names. SIGTERM and SIGUSR1 save a checkpoint and end the run.
+A `model` section names the network, `objective` what it learns to predict, `align` what its features are drawn to
+(REPA, iREPA, SRA, dispersive, U-REPA). With a `distill` section in their place the network is a copy of a teacher that
+learns to give, for clean images, the features that the teacher gives for noised ones (CleanDIFT). Read it with
+noise=none at the level that model/distill.json names. SIGTERM and SIGUSR1 save a checkpoint and end the run.
 
 Examples:
   diffrep train configs/train/fashion_unet.yaml data=PATH out=runs/fashion-unet

@@ -15,8 +15,8 @@ class EncoderConfig(Section):
     Attributes:
         source: A model of timm, a hub id, or a file of weights.
         model: For a file of weights: timm's name of the model, or its arguments with the name under "model".
-        preset: How images are brought to it: "dinov2", "dinov3", "dinov1", "clip", "siglip", "mocov3", "mae", "jepa" or
-            "cnn"; None takes the one that the model's name suggests.
+        preset: How images are brought to it: "dinov2", "dinov3", "dinov1", "clip", "siglip", "mocov3", "mae", "jepa"
+            or "cnn"; None takes the one that the model's name suggests.
         layer: Address of the layer whose features are taken; None is the preset's.
         size: Side the images are brought to; None is the preset's rule.
         pca: `.safetensors` file of a projection that `diffrep.fit_pca` wrote; targets then have its width.
@@ -74,14 +74,17 @@ class AlignConfig(Section):
         layers: Addresses of the student's layers, each aligned on its own. None is the published depth: 4 blocks of
             size B, 8 of L and XL, else 0.3 of the blocks; the middle block of a U-Net.
         target: "encoder", "ema" (the average of the network's own weights, at less noise) or "none".
-        encoder: The target encoder, which runs in each step.
-        stored: Name of targets in the store that the run is trained from, in place of `encoder`.
+        encoder: The target encoder, which runs in each step; with `stored` it is not run, and the run is refused where
+            the stored targets were made by another one or with other preprocessing.
+        stored: Name of targets in the store that the run is trained from.
         transform: Of the target: "none", or "spatial": (z - alpha mean) / (std + 1e-6) over positions.
         alpha: Share of the mean that "spatial" takes away.
         projector: Between student and target: "mlp", "conv" (3 x 3) or "none".
         width: Inner width of an MLP.
         projector_depth: Its linear layers.
-        distance: "cosine" (minus the cosine over channels), "smooth_l1", "contrastive" or "dispersive".
+        distance: "cosine" (minus the cosine over channels), "smooth_l1", "contrastive", "dispersive", or "manifold"
+            (squared differences between the cosines of samples: U-REPA's second term, 3 times the weight of its first,
+            which is preset "u-repa").
         beta: Where "smooth_l1" goes over from square to line.
         temperature: Of "contrastive" and "dispersive".
         weight: Coefficient of the term.
@@ -105,7 +108,7 @@ class AlignConfig(Section):
     projector: Literal["mlp", "conv", "none"] = "mlp"
     width: PositiveInt = 2048
     projector_depth: PositiveInt = 3
-    distance: Literal["cosine", "smooth_l1", "contrastive", "dispersive"] = "cosine"
+    distance: Literal["cosine", "smooth_l1", "contrastive", "dispersive", "manifold"] = "cosine"
     beta: Positive = 0.05
     temperature: Positive = 0.5
     weight: NotNegative = 0.5
@@ -126,9 +129,8 @@ class AlignConfig(Section):
     @model_validator(mode="after")
     def _one_target(self) -> AlignConfig:
         sources = [name for name in ("encoder", "stored") if getattr(self, name) is not None]
-        if self.target == "encoder" and len(sources) != 1:
-            found = "both are given" if sources else "neither is given"
-            raise ValueError(f"target 'encoder' needs encoder, or stored (targets in the store); {found}")
+        if self.target == "encoder" and not sources:
+            raise ValueError("target 'encoder' needs encoder, or stored (targets in the store); neither is given")
         if self.target != "encoder" and sources:
             raise ValueError(f"target {self.target!r} takes no {sources[0]}")
         if self.distance == "dispersive" and (self.target != "none" or self.projector != "none"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -110,41 +111,90 @@ def _merge(first: DictConfig, second: DictConfig, where: str) -> DictConfig:
         raise ConfigError(f"cannot merge {where}: {_first_line(error)}") from error
 
 
-def _spread_bare_values(schema: type[Section], node: DictConfig) -> DictConfig:
+def _spread_bare_values(schema: Any, node: DictConfig) -> DictConfig:
     """Turns `data: PATH` into `data: {path: PATH}` before merging, so that it keeps the section's other keys."""
+    fields = _fields(schema)
     for key in list(node):
-        section = _section(schema, str(key))
-        if section is None:
-            continue
-        value = node._get_node(key) if OmegaConf.is_interpolation(node, key) else node[key]
-        if isinstance(value, DictConfig):
-            node[key] = _spread_bare_values(section, value)
-        elif isinstance(value, str) and section.main_field:
-            node[key] = {section.main_field: value}
+        if key in fields:
+            node[key] = _spread(fields[key].annotation, _value(node, key))
     return node
 
 
-def _section(schema: Any, key: str) -> type[Section] | None:
-    field = getattr(schema, "model_fields", {}).get(key)
-    if field is None:
-        return None
-    for kind in (field.annotation, *get_args(field.annotation)):
-        if isinstance(kind, type) and issubclass(kind, Section):
-            return kind
-    return None
+def _spread(annotation: Any, value: Any) -> Any:
+    sections = _sections(annotation)
+    if not sections:
+        return value
+    if _is_named(annotation):
+        if isinstance(value, DictConfig):
+            for name in list(value):
+                value[name] = _spread(sections[0], _value(value, name))
+        return value
+    if isinstance(value, DictConfig):
+        return _spread_bare_values(sections[0], value)
+    main = getattr(sections[0], "main_field", None)
+    return {main: value} if isinstance(value, str) and main else value
+
+
+def _value(node: DictConfig, key: Any) -> Any:
+    return node._get_node(key) if OmegaConf.is_interpolation(node, key) else node[key]
+
+
+def _fields(schema: Any) -> dict[str, Any]:
+    return getattr(schema, "model_fields", None) or getattr(schema, "__pydantic_fields__", {})
+
+
+def _sections(annotation: Any) -> list[Any]:
+    """Returns the schemas that an annotation allows: itself, the members of a union, the values of a dict or list."""
+    if isinstance(annotation, type) and hasattr(annotation, "__pydantic_fields__"):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _is_named(annotation: Any) -> bool:
+    """Tells whether an annotation is a dict of sections under names of the user's choice."""
+    parts = (annotation, *get_args(annotation))
+    return any(get_origin(part) is dict for part in parts)
 
 
 def _explain(schema: type[Section], error: dict[str, Any]) -> tuple[str, str]:
-    where = [part for part in error["loc"] if not _is_union_tag(part)]
+    where, there = _walk(schema, [part for part in error["loc"] if not _is_union_tag(part)])
     place = ".".join(str(part) for part in where) or "config"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _known_keys(schema, where[:-1])
-        return place, f"unknown key; {suggest(str(where[-1]), known, first=30)}"
+        _, above = _walk(schema, error["loc"][:-1])
+        return place, f"unknown key; {suggest(str(where[-1]), _known_keys(above), first=30)}"
     if error["type"] == "missing":
         return place, "required and not given"
-    message = error["msg"].removeprefix("Value error, ")
+    kinds = [kind for kind in map(_kind, there) if kind]
+    if error["type"] == "union_tag_invalid":
+        return f"{place}.kind", f"unknown kind; {suggest(error['ctx']['tag'], kinds)}"
     given = error.get("input")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("union_tag_not_found", "model_attributes_type") and kinds:
+        message = f"give {place}.kind: {', '.join(kinds[:-1])} or {kinds[-1]}"
     return place, message if isinstance(given, (dict, BaseModel)) else f"{message} (got {given!r})"
+
+
+def _walk(schema: Any, path: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Follows a location of pydantic's; returns it without the kinds of unions, and the schemas that fit there."""
+    place, there = [], [schema]
+    for part in path:
+        of_kind = [one for one in there if len(there) > 1 and _kind(one) == part]
+        if of_kind:
+            there = of_kind
+            continue
+        place.append(part)
+        # Names inside a dict of sections, such as trained.NAME, are the user's own: the section stays.
+        there = next((_sections(_fields(one)[part].annotation) for one in there if part in _fields(one)), there)
+    return place, there
+
+
+def _kind(section: Any) -> str | None:
+    """Returns what tells a member of a union from the others."""
+    return _fields(section)["kind"].default if "kind" in _fields(section) else None
+
+
+def _known_keys(sections: list[Any]) -> list[str]:
+    return list(dict.fromkeys(name for section in sections for name in _fields(section)))
 
 
 def _is_union_tag(part: Any) -> bool:
@@ -153,18 +203,6 @@ def _is_union_tag(part: Any) -> bool:
         part.startswith(("literal[", "constrained-", "dict[", "function-", "tuple["))
         or part in ("int", "float", "str")
     )
-
-
-def _known_keys(schema: Any, path: list[Any]) -> list[str]:
-    for part in path:
-        field = getattr(schema, "model_fields", {}).get(part)
-        if field is None:
-            # Names inside a dict of sections, such as trained.NAME, are the user's own: the section stays.
-            continue
-        members = [field.annotation, *get_args(field.annotation)]
-        schema = next((m for m in members if hasattr(m, "model_fields") or hasattr(m, "__pydantic_fields__")), None)
-    fields = getattr(schema, "model_fields", None) or getattr(schema, "__pydantic_fields__", {})
-    return list(fields)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from diffrep.config.schema import NotNegative, Positive, Section
 
@@ -25,6 +25,8 @@ class FlowConfig(Section):
         mean: Of log sigma, for "logit-normal".
         std: Likewise.
     """
+
+    main_field: ClassVar[str] = "kind"
 
     kind: Literal["flow"] = "flow"
     path: Literal["linear", "cosine", "vp"] = "linear"
@@ -53,6 +55,8 @@ class DDPMConfig(Section):
         vlb_weight: Weight of the variational bound of a learned variance.
     """
 
+    main_field: ClassVar[str] = "kind"
+
     kind: Literal["ddpm"] = "ddpm"
     num_train_timesteps: PositiveInt = 1000
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
@@ -73,10 +77,19 @@ class EDMConfig(Section):
         sigma_data: s, the standard deviation of the data.
     """
 
+    main_field: ClassVar[str] = "kind"
+
     kind: Literal["edm"] = "edm"
     mean: float = -1.2
     std: Positive = 1.2
     sigma_data: Positive = 0.5
 
 
-ObjectiveConfig = Annotated[FlowConfig | DDPMConfig | EDMConfig, Field(discriminator="kind")]
+def _bare_kind(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+# A bare string is the `kind`.
+ObjectiveConfig = Annotated[
+    FlowConfig | DDPMConfig | EDMConfig, Field(discriminator="kind"), BeforeValidator(_bare_kind)
+]

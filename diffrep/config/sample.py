@@ -24,6 +24,8 @@ class SamplerConfig(Section):
         last: Of "sde": share of the way to noise at which the last step, without noise, begins.
         eta: Of "ddim": share of fresh noise.
         churn: Of EDM's "heun": S_churn; 0 is deterministic.
+        clip: Of "ddpm" and "ddim": hold the clean sample in [-1, 1] at each step, for networks of pixels; None is what
+            the model's scheduler says, and where it has none, pixels are held and latents are not.
     """
 
     method: Literal["auto", "euler", "heun", "sde", "ddpm", "ddim"] = "auto"
@@ -34,6 +36,7 @@ class SamplerConfig(Section):
     last: Annotated[float, Field(gt=0, lt=1)] = 0.04
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     churn: NotNegative = 0.0
+    clip: bool | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> SamplerConfig:
@@ -65,7 +68,11 @@ class SampleConfig(Section):
     out: PathText
     sampler: SamplerConfig = SamplerConfig()
     count: PositiveInt = 64
-    labels: Literal["balanced", "random", "none"] | Annotated[tuple[int, ...], BeforeValidator(listed)] | None = None
+    labels: (
+        Literal["balanced", "random", "none"]
+        | Annotated[tuple[int, ...], BeforeValidator(listed), Field(min_length=1)]
+        | None
+    ) = None
     classes: PositiveInt | None = None
     seed: int = 0
     batch_size: PositiveInt = 64

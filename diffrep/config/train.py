@@ -115,6 +115,13 @@ class DistillConfig(Section):
         return self
 
 
+def _terms(value: Any) -> Any:
+    """Takes null for no terms, and drops terms that are null: so an override takes away what a base file has."""
+    if isinstance(value, dict):
+        return {name: term for name, term in value.items() if term is not None}
+    return {} if value is None else value
+
+
 # Keys of `TrainConfig` that mean nothing to a distillation, with their defaults.
 _OF_DIFFUSION = {
     "objective": None,
@@ -134,7 +141,8 @@ class TrainConfig(Section):
     Attributes:
         model: The network of diffusion training.
         objective: What it learns to predict; None is flow matching for "sit" and "repa", EDM for "edm", DDPM else.
-        align: Alignment terms by a name of your choice; several add up.
+        align: Alignment terms by a name of your choice; several add up. Null, for one or for all, takes away what a
+            base file has.
         distill: Teacher, layers and adapters of feature distillation, in place of all of these.
         data: The training images; the run never reads a split that is not named there.
         store: In place of `data`: a store of latents (or pixels) and targets, which `diffrep extract` makes of family
@@ -172,7 +180,7 @@ class TrainConfig(Section):
 
     model: ModelConfig | None = None
     objective: ObjectiveConfig | None = None
-    align: dict[str, AlignConfig] = {}
+    align: Annotated[dict[str, AlignConfig], BeforeValidator(_terms)] = {}
     distill: DistillConfig | None = None
     data: DataConfig | None = None
     store: PathText | None = None
@@ -213,8 +221,8 @@ class TrainConfig(Section):
         changed = [name for name, default in _OF_DIFFUSION.items() if getattr(self, name) != default]
         if self.distill is not None and changed:
             raise ValueError(
-                f"only for diffusion models: {', '.join(changed)}; the teacher has its own noise schedule and codec, and "
-                "distill.times says which levels are used"
+                f"only for diffusion models: {', '.join(changed)}; the teacher has its own noise schedule and codec, "
+                "and distill.times says which levels are used"
             )
         return self
 
@@ -232,7 +240,7 @@ class TrainConfig(Section):
         stored = [name for name, term in self.align.items() if term.stored is not None]
         if self.data is not None and stored:
             raise ValueError(f"align.{stored[0]}.stored: only a store has stored targets; give store, or an encoder")
-        online = [name for name, term in self.align.items() if term.encoder is not None]
+        online = [name for name, term in self.align.items() if term.encoder is not None and term.stored is None]
         if self.store is not None and online:
             raise ValueError(
                 f"align.{online[0]}.encoder: a store has no images for it; extract its targets and name them in stored"

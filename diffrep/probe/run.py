@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from diffrep.probe.gallery import gallery, open_store_images, save_arrays, thumb
 from diffrep.probe.lowdata import check_low_data, low_data
 from diffrep.probe.measure import Measure
 from diffrep.probe.reading import Reading, readings
-from diffrep.probe.scores import Result, cells_of, cost_of, summarise
+from diffrep.probe.scores import Result, cost_of, map_of, summarise, write_trials
 from diffrep.probe.sweep import Judged, Read, Scored, choose, score, sweep
 from diffrep.probe.task import Task, make_task
 from diffrep.probe.trained import train_head
@@ -74,17 +72,18 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
 
 
 class Probe:
-    """One probe, step by step; `run_probe` is its usual order, and the demo adds baselines in between.
+    """One probe, step by step; `run_probe` is its usual order, and the demo adds baselines and a second network.
 
     Args:
         store: The features.
         config: What to fit.
         title: Title of the report; None names backbone and data.
+        network: Name of the network in the tables of a report that shows several.
     """
 
-    def __init__(self, store: FeatureStore, config: ProbeConfig, title: str | None = None):
+    def __init__(self, store: FeatureStore, config: ProbeConfig, title: str | None = None, network: str | None = None):
         dist.state()
-        self.store, self.config = store, config
+        self.store, self.config, self.network = store, config, network
         self.out = config.folder
         self.title = title or f"{store.meta['backbone']['name']} on {store.meta['data']['path']}"
         self.seeds = [config.seed + number for number in range(config.seeds)]
@@ -101,6 +100,7 @@ class Probe:
         self.results: list[Result] = []
         self.heads: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
         self.low: list[dict[str, Any]] = []
+        self.others: list[Probe] = []
 
     @property
     def task(self) -> Task:
@@ -158,7 +158,8 @@ class Probe:
             kept = [(one.val, run.scores) for one, run in runs]
             # A baseline's head belongs to no features that anyone will extract.
             module = None if elsewhere else scored.head
-            self._keep(name, head, first.reading, kept, first.dim, setting, module)
+            network = None if elsewhere else self.network
+            self._keep(name, head, first.reading, kept, first.dim, setting, module, network=network)
         return first
 
     def baseline(self, name: str) -> Judged:
@@ -171,7 +172,8 @@ class Probe:
         levels = [key for key in known if key in (quietest, self.best_linear().level)]
         blank = untrained(self.store, self.config, levels, self.out)
         single = self.config.model_copy(update={"combine": ("single",)})
-        return self._elsewhere(TITLES[name], lambda one: one.read(blank), readings(blank, single))
+        title = f"on the untrained {self.network}" if self.network else TITLES[name]
+        return self._elsewhere(title, lambda one: one.read(blank), readings(blank, single))
 
     def best_linear(self) -> Reading:
         """Returns the single reading that was chosen for the logistic regression, or else for the best head."""
@@ -202,7 +204,27 @@ class Probe:
             layers, levels = list(dict.fromkeys(p[0] for p in pairs)), list(dict.fromkeys(p[1] for p in pairs))
             reading = Reading(" + ".join(layers), " + ".join(levels), tuple(pairs), config.pool)
             runs = [(one.val, one.scores) for one in trained]
-            self._keep(_title(name, kind), kind, reading, runs, None, trained[0].setting, trained[0].head, store)
+            setting, head = trained[0].setting, trained[0].head
+            self._keep(_title(name, kind), kind, reading, runs, None, setting, head, store, self.network)
+
+    def join(self, other: Probe) -> None:
+        """Takes in what a probe of another network found on the same samples; the run folder then shows both.
+
+        Raises:
+            ConfigError: The networks have no names, or the same one.
+            StoreError: The other one has other test samples.
+        """
+        names = [one.network for one in (self, *self.others, other)]
+        if None in names or len(set(names)) < len(names):
+            raise ConfigError(f"results are told apart by their networks, got {names}; give each Probe its own name")
+        mine, theirs = ([probe.store.ids[row] for row in probe.task.test] for probe in (self, other))
+        if mine != theirs:
+            raise StoreError(
+                f"{self.store.path} and {other.store.path} have other test samples; extract both from the same data"
+            )
+        self.others.append(other)
+        self.results += other.results
+        self.heads |= other.heads
 
     @property
     def measure(self) -> Measure:
@@ -224,11 +246,10 @@ class Probe:
                 "classes": task.classes,
                 "seeds": len(self.seeds),
             },
-            "layers": [{"name": name, **about} for name, about in store.meta["layers"].items()],
-            "levels": [{"key": key, "time": level.time, "sigma": level.sigma} for key, level in store.levels.items()],
-            "costs": store.meta.get("costs"),
-            "cells": cells_of(self.sweeps, store),
+            **map_of(self.sweeps, store),
             "scores": [result.score.plain() for result in self.results],
+            "network": self.network,
+            "beside": [{"network": one.network, **map_of(one.sweeps, one.store)} for one in self.others],
             "low_data": self.low,
             "gallery": gallery(best, task),
             "notes": notes,
@@ -256,7 +277,9 @@ class Probe:
                 metrics["notes"].append(f"The report shows no test images, because they were not found again: {first}")
         write_results(self.out, self.config, self.config.seed, metrics)
         save_arrays(self.out, self.store.ids, self.results, self.task, pictures)
-        self._write_trials()
+        write_trials(self.out / "trials.csv", self.seeds, self.sweeps)
+        for other in self.others:
+            write_trials(self.out / f"trials-{other.network}.csv", other.seeds, other.sweeps)
         for name, (head, about) in self.heads.items():
             save_head(head, self.out / "heads" / name.replace(", ", "-").replace(" ", "-"), about)
         write_report(self.out)
@@ -282,11 +305,13 @@ class Probe:
         setting: dict[str, Any],
         module: nn.Module | None,
         store: FeatureStore | None = None,
+        network: str | None = None,
     ) -> None:
         store = store or self.store
         cost = cost_of(reading.pairs, store)
         metric, seed = self.config.metric, self.config.seed
-        result = summarise(name, head, reading, runs, self.task, metric, seed, dim, cost, setting)
+        name = f"{name} on {network}" if network else name
+        result = summarise(name, head, reading, runs, self.task, metric, seed, dim, cost, setting, network)
         self.results.append(result)
         if module is not None:
             self.heads[name] = (module, _about(result, reading, store, self.measure.name))
@@ -321,16 +346,6 @@ class Probe:
             else:
                 layers, levels = layers or tuple(store.layers), levels or tuple(store.levels)
         return list(dict.fromkeys(store.key(layer, level) for layer in layers for level in levels))
-
-    def _write_trials(self) -> None:
-        with (self.out / "trials.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["seed", "layer", "level", "pool", "dim", "head", "setting", "validation"])
-            for seed, judged in zip(self.seeds, self.sweeps, strict=True):
-                for one in judged:
-                    where = [one.reading.layer, one.reading.level, one.reading.pool or "stored", one.dim, one.head]
-                    for setting, value in one.trials:
-                        writer.writerow([seed, *where, json.dumps(setting), value])
 
 
 def table(metrics: dict[str, Any]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,6 +85,7 @@ class Score:
         dim: Length of the flattened features.
         cost: What the features of one image cost.
         setting: What was chosen, or how the head was trained.
+        network: Whose features it read, where a report shows several networks; None for baselines.
     """
 
     name: str
@@ -100,6 +104,7 @@ class Score:
     dim: int | None
     cost: Cost
     setting: dict[str, object] = field(default_factory=dict)
+    network: str | None = None
 
     def plain(self) -> dict[str, Any]:
         """Returns the score as JSON values, with the cost's among them."""
@@ -133,6 +138,7 @@ def summarise(
     dim: int | None,
     cost: Cost,
     setting: dict[str, object],
+    network: str | None = None,
 ) -> Result:
     """Makes a result of a head's validation score and test scores (M, K) with each seed.
 
@@ -147,6 +153,7 @@ def summarise(
         dim: Length of the flattened features.
         cost: What they cost.
         setting: What was chosen.
+        network: Whose features they are, where that needs to be told.
     """
     labels, measure = task.labels[task.test], Measure(metric, task)
     tests = [measure(scores, labels) for _, scores in runs]
@@ -175,11 +182,34 @@ def summarise(
         dim=dim,
         cost=cost,
         setting=setting,
+        network=network,
     )
     if not single:
         return Result(score, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))
     confidence, predicted = first.float().softmax(1).max(1)
     return Result(score, predicted.numpy(), confidence.numpy())
+
+
+def map_of(sweeps: list[list[Judged]], store: FeatureStore) -> dict[str, Any]:
+    """Returns the layers, levels and costs of a store and its cells as JSON values: what a report's maps show."""
+    return {
+        "layers": [{"name": name, **about} for name, about in store.meta["layers"].items()],
+        "levels": [{"key": key, "time": level.time, "sigma": level.sigma} for key, level in store.levels.items()],
+        "costs": store.meta.get("costs"),
+        "cells": cells_of(sweeps, store),
+    }
+
+
+def write_trials(file: Path, seeds: list[int], sweeps: list[list[Judged]]) -> None:
+    """Writes the validation score of every setting that was tried, a line each."""
+    with file.open("w", newline="") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(["seed", "layer", "level", "pool", "dim", "head", "setting", "validation"])
+        for seed, judged in zip(seeds, sweeps, strict=True):
+            for one in judged:
+                where = [one.reading.layer, one.reading.level, one.reading.pool or "stored", one.dim, one.head]
+                for setting, value in one.trials:
+                    writer.writerow([seed, *where, json.dumps(setting), value])
 
 
 def cells_of(sweeps: list[list[Judged]], store: FeatureStore) -> list[dict[str, Any]]:

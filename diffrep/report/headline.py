@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from diffrep.report.formats import HEADS, METRICS, count, pooling, score
-from diffrep.report.heat import Grid
+from diffrep.report.heat import Grid, grids, networks
 from diffrep.report.pareto import best_and_cheapest, savings
 
 
 def headline(metrics: dict[str, Any], grid: Grid | None) -> list[dict[str, Any]]:
-    """Lays out the cards: the best head, the best layer, the cheapest one, few labels, the best baseline.
+    """Lays out the cards: the best head, each network's best layer and cheapest one, few labels, the best baseline.
 
     Args:
         metrics: Of results.json.
@@ -27,8 +27,8 @@ def headline(metrics: dict[str, Any], grid: Grid | None) -> list[dict[str, Any]]
     metric = METRICS.get(metrics.get("metric", "accuracy"), metrics.get("metric"))
     cards = [_card("Best head", best["test"], [best["layer"], best["level"]], best["name"], best.get("error"))]
     cards[0]["note"] += f", {metric} on test"
-    if grid is not None and len(grid.cells) > 1:
-        cards += _layers(metrics, grid)
+    for network in networks(metrics) if grid is not None else []:
+        cards += [card for own in grids(network) if own.head == grid.head for card in _layers(network, own)]
     cards += _few(metrics, grid.head if grid else best["head"])
     return cards + _baseline(scores, best)
 
@@ -44,22 +44,27 @@ def _card(title: str, value: float, where: list[str], note: str, error: float | 
 
 
 def _layers(metrics: dict[str, Any], grid: Grid) -> list[dict[str, Any]]:
+    """Returns cards of the best cell of a network and of the cheapest one; none for a single cell."""
+    if len(grid.cells) < 2:
+        return []
+    network = metrics.get("network")
     cells = [cell for cell in metrics["cells"] if cell["head"] == grid.head]
     best = grid.cells[grid.best]
     head = HEADS.get(grid.head, grid.head)
-    cards = [_card("Best layer and level", best["val"], _where(best), f"of {len(cells)} with {head}, on validation")]
+    note = f"of {len(cells)} with {head}, on validation"
+    cards = [_card("Best layer and level", best["val"], _where(best, network), note)]
     key = "flops" if all(cell.get("flops") for cell in cells) else "forwards"
     if all(cell.get(key) for cell in cells):
         top, cheap = best_and_cheapest(cells, key)
         if cheap is not top:
             words = f"{savings(top, cheap) or 'costs the same'}, on validation"
-            cards.append(_card("Cheapest within one point", cheap["val"], _where(cheap), words))
+            cards.append(_card("Cheapest within one point", cheap["val"], _where(cheap, network), words))
     return cards
 
 
-def _where(cell: dict[str, Any]) -> list[str]:
+def _where(cell: dict[str, Any], network: str | None) -> list[str]:
     pool = [] if cell.get("pool") is None else [pooling(cell["pool"])]
-    return [cell["layer"], cell["level"], *pool]
+    return [*([network] if network else []), cell["layer"], cell["level"], *pool]
 
 
 def _few(metrics: dict[str, Any], head: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Validation score by layer and level, one map a head."""
+"""Validation score by layer and level, one map a head and network."""
 
 from __future__ import annotations
 
@@ -53,28 +53,59 @@ def _grid(metrics: dict[str, Any], head: str) -> Grid:
         layers += [layer] * (layer not in layers)
         levels += [level] * (level not in levels)
     best = max(cells, key=lambda key: cells[key]["val"])
-    scored = [(s["layer"], s["level"]) for s in metrics.get("scores", []) if s["head"] == head]
+    network = metrics.get("network")  # without names, each score that is a cell is of the one network
+    scored = [
+        (one["layer"], one["level"])
+        for one in metrics.get("scores", [])
+        if one["head"] == head and one.get("network") == network
+    ]
     return Grid(head, layers, levels, cells, next((key for key in scored if key in cells), best))
 
 
-def heat_map(metrics: dict[str, Any], grid: Grid) -> dict[str, Any]:
-    """Lays out one head's map: rows of coloured cells with their numbers, and a legend."""
-    values = [cell["val"] for cell in grid.cells.values()]
-    low, high = min(values), max(values)
+def networks(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns `network`, `layers`, `levels`, `cells` and `scores` of each network of a run, the main one first."""
+    return [metrics, *(one | {"scores": metrics["scores"]} for one in metrics.get("beside") or [])]
+
+
+def heat_maps(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Lays out a tab for each head, the main one first: its map of each network, all on one scale of colours."""
+    found = [(network, grid) for network in networks(metrics) for grid in grids(network)]
+    tabs = []
+    for head in (grid.head for grid in grids(metrics)):
+        same = [(network, grid) for network, grid in found if grid.head == head]
+        values = [cell["val"] for _, grid in same for cell in grid.cells.values()]
+        span = min(values), max(values)
+        tabs.append(
+            {
+                "head": HEADS.get(head, head),
+                "maps": [heat_map(network, grid, span) for network, grid in same],
+                "low": span[0],
+                "high": span[1],
+                "legend": [paint(SCORES, step / 8) for step in range(9)],
+            }
+        )
+    return tabs
+
+
+def heat_map(metrics: dict[str, Any], grid: Grid, span: tuple[float, float]) -> dict[str, Any]:
+    """Lays out one map: rows of coloured cells with their numbers.
+
+    Args:
+        metrics: Of the network.
+        grid: Its cells.
+        span: Scores at both ends of the colours.
+    """
     known = {layer["name"]: layer for layer in metrics["layers"]}
-    singles = {level["key"] for level in metrics["levels"]}
+    sigmas = {level["key"]: level.get("sigma") for level in metrics["levels"]}
     rows = []
     for layer in grid.layers:
-        cells = [_drawn(grid, layer, level, low, high) for level in grid.levels]
+        cells = [_drawn(grid, layer, level, *span) for level in grid.levels]
         rows.append({"name": layer, "about": known.get(layer), "cells": cells})
     return {
-        "head": HEADS.get(grid.head, grid.head),
+        "network": metrics.get("network"),
         "rows": rows,
-        "levels": [{"key": level, "single": level in singles} for level in grid.levels],
+        "levels": [{"key": key, "single": key in sigmas, "sigma": sigmas.get(key)} for key in grid.levels],
         "sided": any(row["about"] for row in rows),
-        "low": low,
-        "high": high,
-        "legend": [paint(SCORES, step / 8) for step in range(9)],
         "chosen": grid.cells[grid.chosen],
         "best": grid.cells[grid.best],
     }

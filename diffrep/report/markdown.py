@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from diffrep.config import read_results
+from diffrep.report.heat import networks
 
 
 def markdown(folder: str | Path) -> str:
     """Returns a run's scores as Markdown tables.
 
-    Of a probe these are heads, the layer x level map of the first one, and the low-data rows; of an evaluation of
-    matches the PCK of each descriptor under each protocol, and the errors of geometric matching.
+    Of a probe these are heads, the layer x level map of the first one, for each network, and the low-data rows; of an
+    evaluation of matches the PCK of each descriptor under each protocol, and the errors of geometric matching.
 
     Args:
         folder: Run folder with a results.json.
@@ -21,7 +22,8 @@ def markdown(folder: str | Path) -> str:
         ConfigError: There is none.
     """
     metrics = read_results(Path(folder))["metrics"]
-    parts = [_scores(metrics), _map(metrics), _low_data(metrics), _matches(metrics), _geometric(metrics)]
+    maps = map(_map, networks(metrics))
+    parts = [_scores(metrics), *maps, _low_data(metrics), _matches(metrics), _geometric(metrics)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -41,7 +43,7 @@ def _scores(metrics: dict[str, Any]) -> str:
 
 
 def _map(metrics: dict[str, Any]) -> str:
-    """The best validation score of each layer and level over poolings, for the head of the first cell."""
+    """The best validation score of a network's layers and levels over poolings, for the head of the first cell."""
     layers, levels = (
         [one[key] for one in metrics.get(name, [])] for name, key in (("layers", "name"), ("levels", "key"))
     )
@@ -54,7 +56,8 @@ def _map(metrics: dict[str, Any]) -> str:
         [f"`{layer}`", *(f"{best[layer, level]:.3f}" if (layer, level) in best else "-" for level in levels)]
         for layer in layers
     ]
-    return _table(["layer", *levels], rows) if best else ""
+    layer = f"layer of `{metrics['network']}`" if metrics.get("network") else "layer"
+    return _table([layer, *levels], rows) if best else ""
 
 
 def _low_data(metrics: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffrep.report.curves import level_curves
 from diffrep.report.gallery import gallery, pictures
 from diffrep.report.geometric import geometric
 from diffrep.report.headline import headline
-from diffrep.report.heat import grids, heat_map
+from diffrep.report.heat import grids, heat_maps, networks
 from diffrep.report.lowdata import low_data
 from diffrep.report.matches import MATCHES, matches
 from diffrep.report.mixing import mixing
@@ -38,7 +39,7 @@ def write_report(folder: str | Path) -> Path:
 
     Args:
         folder: Folder with results.json and, optionally, arrays.npz (predictions and thumbnails) and pictures.npz
-            (feature maps as colours) and matches.npz (drawn matches).
+            (feature maps as colours), pictures-NETWORK.npz of a second network, and matches.npz (drawn matches).
 
     Returns:
         The path of report.html.
@@ -70,7 +71,7 @@ def figures(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:
         "metric": formats.METRICS.get(metrics.get("metric", "accuracy"), metrics.get("metric")),
         "cards": headline(metrics, maps[0] if maps else None),
         "heads": _heads(metrics),
-        "maps": [heat_map(metrics, grid) for grid in maps],
+        "maps": heat_maps(metrics),
         "curves": level_curves(metrics, maps[0]) if maps else None,
         "pareto": pareto(metrics, maps[0].head) if maps else [],
         "main": formats.HEADS.get(maps[0].head, maps[0].head) if maps else "",
@@ -81,7 +82,7 @@ def figures(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:
         "matches": matches(metrics, folder / MATCHES),
         "geometric": geometric(metrics),
         "mixing": mixing(metrics),
-        "pictures": pictures(folder / PICTURES),
+        "pictures": _pictures(metrics, folder),
     }
 
 
@@ -90,6 +91,19 @@ def _load(file: Path) -> dict[str, np.ndarray]:
         return {}
     with np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def picture_file(network: str | None = None) -> str:
+    """Returns the name of the file of colour maps in a run folder; of the main network without a name."""
+    return f"pictures-{network}.npz" if network else PICTURES
+
+
+def _pictures(metrics: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Lays out the colour maps of each image, those of several networks next to each other."""
+    main, *others = (network.get("network") for network in networks(metrics))
+    found = [(main, picture_file()), *((name, picture_file(name)) for name in others)]
+    each = [[one | {"network": name} for one in pictures(folder / file)] for name, file in found]
+    return [one for same in zip_longest(*each) for one in same if one]
 
 
 def _class_names(metrics: dict[str, Any]) -> list[str]:

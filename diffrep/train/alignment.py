@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from diffrep.backbones import Backbone
+from diffrep.backbones.prepare import check_name
 from diffrep.config import AlignConfig
 from diffrep.errors import ConfigError
-from diffrep.train.distances import contrastive, cosine, dispersive, resized, smooth_l1, standardised
+from diffrep.train.distances import contrastive, cosine, dispersive, manifold, resized, smooth_l1, standardised
 
 # Blocks of a transformer -> after how many of them REPA reads the stream: sizes S and B; L; XL.
 REPA_DEPTHS = {12: 4, 24: 8, 28: 8}
@@ -34,12 +35,14 @@ class AlignmentTerm:
         target_channels: Channels of the target, one number or one for each layer; None without a target.
 
     Raises:
-        ConfigError: The numbers of layers and targets differ, or transform and distance cancel each other.
+        ConfigError: The name cannot name a term, the numbers of layers and targets differ, or transform and distance
+            cancel each other.
     """
 
     def __init__(
         self, name: str, config: AlignConfig, layers: Sequence[str], target_channels: Sequence[int] | int | None = None
     ):
+        check_name("align", name)
         self.name, self.config, self.layers = name, config, list(layers)
         each = [target_channels] * len(layers) if isinstance(target_channels, int) else list(target_channels or ())
         if len(each) != (0 if config.target == "none" else len(layers)):
@@ -114,7 +117,7 @@ class AlignmentTerm:
             return PositionMLP([channels, *[config.width] * (config.projector_depth - 1), wanted])
         if config.projector == "conv":
             return nn.Conv2d(channels, wanted, 3, padding=1)
-        if channels != wanted:
+        if channels != wanted and config.distance != "manifold":
             raise ConfigError(
                 f"align.{self.name}: layer {layer!r} has {channels} channels and its target {wanted}; "
                 "projector: none cannot change that, use mlp or conv"
@@ -133,7 +136,9 @@ class AlignmentTerm:
             wanted = resized(wanted, found.shape[-2:])
         else:
             found = resized(found, wanted.shape[-2:])
-        return cosine(found, wanted) if config.distance == "cosine" else smooth_l1(found, wanted, config.beta)
+        if config.distance == "smooth_l1":
+            return smooth_l1(found, wanted, config.beta)
+        return (cosine if config.distance == "cosine" else manifold)(found, wanted)
 
 
 class PositionMLP(nn.Sequential):

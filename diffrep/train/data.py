@@ -87,6 +87,9 @@ class ImageTraining(TrainingSet):
 
     Args:
         images: The images.
+
+    Raises:
+        ConfigError: A label is no class.
     """
 
     kind, mirror = "image", True
@@ -138,7 +141,7 @@ class StoreTraining(TrainingSet):
 
     Raises:
         UnknownNameError: There is no such split, or there are no such targets.
-        ConfigError: The store holds no latents, or not as maps, or with noise.
+        ConfigError: The store holds no latents, or not as maps, or with noise; a label is no class.
         StoreError: The second store holds other images.
     """
 
@@ -160,10 +163,7 @@ class StoreTraining(TrainingSet):
                 "and the targets into a store of their own, named in targets"
             )
         for name in targets:
-            if TARGETS + name not in self.target_store.layers:
-                layers = [layer for layer in self.target_store.layers if layer.startswith(TARGETS)]
-                known = [layer.removeprefix(TARGETS) for layer in layers if not layer.endswith(FLIP)]
-                raise UnknownNameError("targets", name, known, f"The store is {self.target_store.path}")
+            find_targets(self.target_store, name)
         if target_store is not None:
             _check_same_images(store, target_store)
         self._layers = [(store, self.kind)] + [(self.target_store, TARGETS + name) for name in targets]
@@ -218,14 +218,14 @@ class StoreTraining(TrainingSet):
 
     def _read(self, store: FeatureStore, layer: str, places: np.ndarray, mirrored: np.ndarray) -> torch.Tensor:
         if not mirrored.any():
-            return _take(store, layer, places)
+            return take(store, layer, places)
         self.check_mirror()
         twin = layer + FLIP
         there = twin in store.layers
-        flipped = _take(store, twin, places[mirrored]) if there else _take(store, layer, places[mirrored]).flip(-1)
+        flipped = take(store, twin, places[mirrored]) if there else take(store, layer, places[mirrored]).flip(-1)
         found = flipped.new_empty(len(places), *flipped.shape[1:])
         found[torch.from_numpy(mirrored)] = flipped
-        found[torch.from_numpy(~mirrored)] = _take(store, layer, places[~mirrored])
+        found[torch.from_numpy(~mirrored)] = take(store, layer, places[~mirrored])
         return found
 
 
@@ -252,13 +252,31 @@ def open_training(config: TrainConfig, channels: int) -> TrainingSet:
     return found
 
 
+def find_targets(store: FeatureStore, name: str, what: str = "targets") -> str:
+    """Returns the layer of targets.
+
+    Args:
+        store: Of family "prepare".
+        name: Of the targets; those of mirrored images go with them and are not asked for.
+        what: The key that names them.
+
+    Raises:
+        UnknownNameError: The store has no such targets.
+    """
+    layers = [layer for layer in store.layers if layer.startswith(TARGETS) and not layer.endswith(FLIP)]
+    if TARGETS + name not in layers:
+        known = [layer.removeprefix(TARGETS) for layer in layers]
+        raise UnknownNameError(what, name, known, f"The store is {store.path}")
+    return TARGETS + name
+
+
 def check_targets(store: FeatureStore, name: str, config: EncoderConfig) -> None:
     """Raises where stored targets were made by another encoder, or of images that were shown to it otherwise.
 
     Args:
         store: Of family "prepare".
         name: Of the targets.
-        config: The encoder they should come from; it is opened on the CPU.
+        config: The encoder they should come from; it is opened on the CPU, in the element type of the store's.
 
     Raises:
         UnknownNameError: The store has no such targets.
@@ -267,7 +285,9 @@ def check_targets(store: FeatureStore, name: str, config: EncoderConfig) -> None
     recorded = store.meta["backbone"].get("encoders", {})
     if name not in recorded:
         raise UnknownNameError("targets", name, recorded, f"The store is {store.path}")
-    wanted = open_encoder(config, torch.device("cpu")).describe()
+    # A digest of weights is one of their element type too.
+    dtype = getattr(torch, store.meta["backbone"]["dtype"])
+    wanted = open_encoder(config, torch.device("cpu"), dtype).describe()
     differ = changes(flatten(recorded[name]), flatten(wanted))
     if differ:
         raise ConfigError(
@@ -276,10 +296,27 @@ def check_targets(store: FeatureStore, name: str, config: EncoderConfig) -> None
         )
 
 
+def take(store: FeatureStore, layer: str, rows: np.ndarray) -> torch.Tensor:
+    """Returns samples (B, ...) of a layer at the level without noise, in the order of `rows`.
+
+    Raises:
+        ConfigError: The store has no such level.
+    """
+    order = np.argsort(rows, kind="stable")
+    return store.take(layer, _level(store), rows[order])[torch.from_numpy(np.argsort(order))]
+
+
 def _count(labels: np.ndarray | None, names: list[str] | None) -> int | None:
     if labels is None:
         return None
-    return len(names) if names else int(labels.max()) + 1
+    known = len(names) if names else int(labels.max()) + 1
+    outside = labels[(labels < 0) | (labels >= known)]
+    if len(outside):
+        raise ConfigError(
+            f"{len(outside)} of {len(labels)} labels are no classes, such as {outside[0]}; classes here are 0 to "
+            f"{known - 1}. Take these samples out, or the labels of all"
+        )
+    return known
 
 
 def _check_same_images(store: FeatureStore, targets: FeatureStore) -> None:
@@ -312,12 +349,6 @@ def _level(store: FeatureStore) -> str:
             f"{store.path} holds features at {', '.join(store.levels)}, with noise; extract at level clean"
         )
     return clean[0]
-
-
-def _take(store: FeatureStore, layer: str, places: np.ndarray) -> torch.Tensor:
-    """Reads samples in ascending order and gives them back in the order that was asked for."""
-    order = np.argsort(places, kind="stable")
-    return store.take(layer, _level(store), places[order])[torch.from_numpy(np.argsort(order))]
 
 
 def _digest_of(store: FeatureStore) -> str:

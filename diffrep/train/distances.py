@@ -83,6 +83,28 @@ def dispersive(found: torch.Tensor, temperature: float) -> torch.Tensor:
     return (-squared / (size * temperature)).flatten().logsumexp(0) - 2 * math.log(count)
 
 
+def manifold(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Returns the mean over all pairs of samples of (s_ij - t_ij)^2: U-REPA's manifold loss (Tian et al., 2025).
+
+    s_ij is the cosine over channels between samples i and j at the same position, averaged over positions, t_ij the
+    same of the targets. So samples are to be as alike as their targets are, whatever the directions in either space,
+    and the widths may differ. The samples of all processes are compared; each returns the same number. Its authors
+    add three times this to the cosine of each position.
+
+    Args:
+        found: Of the student, (B, C, h, w).
+        wanted: Of the target, (B, D, h, w); no gradient goes there.
+
+    Returns:
+        A scalar from 0 (as alike) to 4.
+    """
+    alike = []
+    for features in (found, wanted.detach()):
+        rows = gathered(F.normalize(features, dim=1).flatten(1))
+        alike.append(rows @ rows.T / features[0, 0].numel())
+    return F.mse_loss(*alike)
+
+
 def gathered(features: torch.Tensor) -> torch.Tensor:
     """Returns the rows (B, n) of all processes one after another, with gradients from all of them."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:

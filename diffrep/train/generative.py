@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from diffrep.backbones.sources import find
 from diffrep.config import TrainConfig
 from diffrep.errors import ConfigError
 from diffrep.store.layout import write_json
+from diffrep.taps import to_meta
 from diffrep.train.alignment import AlignmentTerm, default_ema_layers, default_layers
 from diffrep.train.average import Average
-from diffrep.train.data import TrainingSet
+from diffrep.train.data import TrainingSet, check_targets
 from diffrep.train.log import Stopwatch
 from diffrep.train.model import open_model
 from diffrep.train.module import AlignedModel, recompute
@@ -30,6 +32,8 @@ from diffrep.train.order import StepRandom
 from diffrep.train.prediction import Mixture, build_loss
 
 PROJECTORS = "projectors.safetensors"
+# What the constructor's argument for the number of classes is called, where it is not num_classes.
+CLASSES = {"edm": "label_dim", "UNet2DModel": "num_class_embeds"}
 
 
 class Generative(Objective):
@@ -67,13 +71,16 @@ class Generative(Objective):
         self.encoders: dict[str, TargetEncoder] = {
             name: open_encoder(term.encoder, device, dtype)
             for name, term in config.align.items()
-            if term.encoder is not None
+            if term.encoder is not None and term.stored is None
         }
         self.terms: list[AlignmentTerm] = []
         self._taught: dict[str, list[str]] = {}  # of terms whose target is the average: its layers
         self._labelled = False
         self._kind, self._shape = "image", (0, 0, 0)
+        self._made_by: dict[str, Any] | None = None  # the codec of a store's latents
         self._teacher: Backbone | None = None
+        # What is trained besides the network, a copy of it without data, and its average.
+        self._projectors = self._form = self._averaged = nn.ModuleDict()
         self._watch = Stopwatch(device)
 
     @property
@@ -117,7 +124,15 @@ class Generative(Objective):
                 f"the network takes {self.template.in_channels} channels, and the data have {self._shape[0]}"
             )
         self.template._check_sides(*self._shape[1:])
+        side = self.template.sample_size
+        if self.config.model.source is None and self._shape[1:] != (side, side):
+            # A checkpoint's positions are rescaled; a new network would be opened and sampled at the wrong size.
+            raise ConfigError(
+                f"the network is made for {side} x {side} and the data are {self._shape[1]} x {self._shape[2]}; give "
+                "the network's args that size, or data.size"
+            )
         self._check_labels(data)
+        self._made_by = None if data.store is None else data.store.meta["backbone"]["codec"]
         for name, term in self.config.align.items():
             layers = list(self.template.addresses(term.layers or default_layers(self.template)))
             wanted: Any = None
@@ -132,6 +147,8 @@ class Generative(Objective):
             elif term.target == "encoder":
                 if name in self.encoders:
                     self.encoders[name].input_size(*data.shape[1:])  # which fails now, or else in the first step
+                if term.encoder is not None and term.stored is not None:
+                    check_targets(data.target_store, term.stored, term.encoder)
                 wanted = self.encoders[name].channels if name in self.encoders else data.target_channels[term.stored]
             self.terms.append(AlignmentTerm(name, term, layers, wanted))
 
@@ -143,12 +160,14 @@ class Generative(Objective):
             recompute(self._network, self.template.blocks())
         if self.template.convolutional and self.device.type == "cuda":
             self._network.to(memory_format=torch.channels_last)
+        self._projectors, self._form = model.projectors, to_meta(model.projectors)
         return model
 
     def follow(self, average: Average) -> None:
         """Opens the averaged weights as a backbone: the target of terms that are taught by them, and the result."""
-        self._teacher = with_network(self.template, average.twin(self._network, "network."))
+        self._teacher = with_network(self.template, average.twin(self.template.network, self._network, "network."))
         self._teacher.codec = self.codec
+        self._averaged = average.twin(self._form, self._projectors, "projectors.")
 
     @property
     def averaged(self) -> Backbone:
@@ -265,15 +284,15 @@ class Generative(Objective):
 
     def facts(self, module: AlignedModel) -> dict[str, Any]:
         """Returns what made the latents; `load_backbone` must be told where it does not lie beside the model."""
-        return {"codec": self.codec.describe()}
+        return {"codec": self._made_by or self.codec.describe()}
 
     def export(self, module: AlignedModel, target: Path, dtype: torch.dtype) -> None:
-        """Writes the network as a backbone, with its schedule, and codec and projectors beside it."""
-        # Past diffusers' own `to` and `float`, which warn of modules to keep in fp32 even when there are none.
-        save_backbone(self.template, nn.Module.to(module.network, dtype), target)
-        nn.Module.float(module.network)
+        """Writes the averaged network as a backbone, with its schedule, and codec and projectors beside it."""
+        network = copy.deepcopy(self.averaged.network)  # the average itself stays in fp32
+        # Past diffusers' own `to`, which warns of modules to keep in fp32 even when there are none.
+        save_backbone(self.template, nn.Module.to(network, dtype), target)
         if self.terms:
-            state = {name: weight.contiguous() for name, weight in module.projectors.state_dict().items()}
+            state = {name: weight.contiguous() for name, weight in self._averaged.state_dict().items()}
             if state:
                 save_file(state, target / PROJECTORS)
             write_json(target / "alignment.json", {term.name: term.layers for term in self.terms})
@@ -304,7 +323,7 @@ class Generative(Objective):
         if data.classes > self.classes or (new and data.classes < self.classes):
             raise ConfigError(
                 f"the network has {self.classes} classes and the data have {data.classes}; give "
-                f"model.args.num_classes={data.classes}"
+                f"model.args.{CLASSES.get(self.config.model.kind, 'num_classes')}={data.classes}"
             )
 
     def _inside(self, data: TrainingSet) -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import time
@@ -15,9 +14,11 @@ from accelerate.utils import tqdm
 from torch import nn
 
 from diffrep import dist
-from diffrep.config import TrainConfig, to_plain
-from diffrep.errors import BackendUnavailable, DiffrepError
+from diffrep.config import TrainConfig
+from diffrep.errors import DiffrepError
 from diffrep.train.objective import Loss
+from diffrep.train.sharding import local, whole
+from diffrep.train.trackers import Trackers
 
 # Dense bf16 or fp16 operations a second, from the makers' data sheets.
 PEAK = {
@@ -34,21 +35,6 @@ PEAK = {
     "RTX 3090": 71e12,
     "RTX 4090": 165e12,
 }
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Raises where a tracker's package is missing.
-
-    Raises:
-        BackendUnavailable: It is.
-    """
-    missing = [name for name in names if importlib.util.find_spec(PACKAGES[name]) is None]
-    if missing:
-        raise BackendUnavailable(
-            f"trackers={missing[0]} needs a package that is not installed: pip install {PACKAGES[missing[0]]}; "
-            "log.jsonl is written in any case"
-        )
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -130,8 +116,7 @@ class Log:
         self._losses: list[Loss] = []
         self._waited = 0.0
         self._since = time.perf_counter()
-        if config.trackers:
-            accelerator.init_trackers("diffrep", config={"config": json.dumps(to_plain(config))})
+        self._trackers = Trackers(accelerator, run, config, first)
 
     def step(self, done: int, loss: Loss, norm: torch.Tensor, lr: float, waited: float, module: nn.Module) -> None:
         """Takes note of a step and, when it is time, writes a line.
@@ -152,7 +137,7 @@ class Log:
         spent = time.perf_counter() - self._since
         self.seconds += spent
         speed = len(self._losses) * self.config.batch_size / spent
-        line = {"step": done, "loss": mean, "lr": lr, "grad_norm": float(norm), "images_per_s": speed}
+        line = {"step": done, "loss": mean, "lr": lr, "grad_norm": whole(norm).item(), "images_per_s": speed}
         line |= {"seconds": self.seconds, "data_wait": (waited - self._waited) / spent}
         line |= self._parts() | self._work(speed)
         if self.accelerator.is_main_process:
@@ -169,12 +154,9 @@ class Log:
 
     def track(self, line: dict[str, Any]) -> None:
         """Tells the trackers the numbers of a line."""
-        if self.config.trackers:
-            numbers = {key: value for key, value in line.items() if isinstance(value, (int, float)) and key != "step"}
-            numbers |= {
-                f"loss_bins/{i}": value for i, value in enumerate(line.get("loss_bins", [])) if value is not None
-            }
-            self.accelerator.log(numbers, step=line["step"])
+        numbers = {key: value for key, value in line.items() if isinstance(value, (int, float)) and key != "step"}
+        bins = enumerate(line.get("loss_bins", []))
+        self._trackers.log(numbers | {f"loss_bins/{i}": value for i, value in bins if value is not None}, line["step"])
 
     def resume(self) -> None:
         """Starts the clock again, after something that is no training."""
@@ -200,8 +182,9 @@ class Log:
         return mean
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Ends the bar and the trackers."""
         self.bar.close()
+        self._trackers.close()
 
     def _parts(self) -> dict[str, Any]:
         """Returns the means of the objective's parts over steps and processes, and the loss by bins."""
@@ -256,7 +239,7 @@ class Log:
                 text += f", in time bin {', '.join(bins)} of {self.config.bins}" if bins else ""
             parts = [name for name, value in loss.parts.items() if not torch.isfinite(value) and name != "denoise"]
             text += f", in {', '.join(parts)}" if parts else ""
-        weights = [name for name, weight in module.named_parameters() if not torch.isfinite(weight).all()]
+        weights = [name for name, weight in module.named_parameters() if not torch.isfinite(local(weight)).all()]
         if weights:
             text += f"; {len(weights)} weights are not finite, the first in layer {weights[0].rpartition('.')[0]!r}"
         return f"{text}. The last checkpoint stays; lower lr, or train with mixed_precision=no"

@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from diffrep.backbones import Backbone
+from diffrep.backbones.conditioning import PromptEmbeddings
 from diffrep.backbones.fresh import new_network, template_of, trainable, with_network
 from diffrep.config import DDPMConfig, EDMConfig, FlowConfig, ModelConfig, ObjectiveConfig
 from diffrep.errors import ConfigError
@@ -55,6 +56,8 @@ def open_model(
         schedule = _schedule(config, objective)
         return template_of(network, adapter, schedule, config.kind), network, objective
     frozen = open_backbone(config.source.model_copy(update={"device": str(device), "dtype": "float32"}))
+    if isinstance(frozen.conditioner, PromptEmbeddings):
+        raise ConfigError(f"{frozen.name} is conditioned on prompts, which diffusion training does not take")
     network = trainable(frozen.network)
     own = objective_of(frozen.schedule)
     if objective is not None and _form(objective) != _form(own):
@@ -101,7 +104,9 @@ def _schedule(config: ModelConfig, objective: ObjectiveConfig) -> Schedule:
         return EDMBackbone.schedule_of(config.args)
     if isinstance(objective, DDPMConfig):
         given = objective.model_dump(exclude={"kind", "density", "vlb_weight"})
-        schedule = DiscreteSchedule.from_diffusers(DDPMScheduler(**given, clip_sample=False))
+        # Samplers may hold pixels in [-1, 1], and not latents.
+        pixels = config.kind == "UNet2DModel" and config.args.get("in_channels", 3) in (1, 3)
+        schedule = DiscreteSchedule.from_diffusers(DDPMScheduler(**given, clip_sample=pixels))
         # Official networks come without a scheduler where their schedule is the published one.
         usual = config.kind != "UNet2DModel" and objective.prediction_type == "epsilon"
         alike = usual and torch.allclose(

@@ -19,8 +19,9 @@ from torchvision.utils import make_grid
 
 from diffrep import dist
 from diffrep.backbones import Backbone
-from diffrep.backbones.codec import IdentityCodec
+from diffrep.backbones.codec import Codec
 from diffrep.backbones.conditioning import ClassLabels, Cond, OneHotLabels
+from diffrep.backbones.fingerprint import hash_of_weights
 from diffrep.config import SampleConfig, SamplerConfig, read_results, to_plain, write_results
 from diffrep.errors import ConfigError, StoreError
 from diffrep.extract.job import open_backbone
@@ -31,6 +32,7 @@ from diffrep.train.sampler import clips, evaluations, generate, levels_of, metho
 
 # What the images of a folder were made with, by key.
 REQUEST = "request.json"
+DECODED = 16  # images that an autoencoder, which takes far more memory for each than the network, decodes at a time
 
 
 def run_sample(config: SampleConfig, backbone: Backbone | None = None) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def run_sample(config: SampleConfig, backbone: Backbone | None = None) -> dict[s
     """
     state = dist.state()  # first: it gives each process its own GPU, where device "auto" then loads the network
     backbone = backbone or open_backbone(config.backbone)
-    out, images = Path(config.out), Path(config.out) / "images"
+    images = Path(config.out) / "images"
     labels = Labels(config, backbone)
     _check(config, backbone, labels)
     request = _request(config, backbone, labels)
@@ -73,14 +75,10 @@ def run_sample(config: SampleConfig, backbone: Backbone | None = None) -> dict[s
             bar.update(len(numbers))
     state.wait_for_everyone()
     if state.is_main_process:
-        if config.npz:
-            _write_npz(out / "samples.npz", images, config.count, labels(range(config.count)))
-        if config.grid:
-            shown = [_read(images, number) for number in range(min(config.grid, config.count))]
-            write_grid(out / "grid.png", torch.from_numpy(np.stack(shown)).movedim(-1, 1))
-        write_results(out, config, config.seed, facts)
+        if not _finished(config):  # as it is when another run of the same request was quicker
+            _write_whole_set(config, labels, facts)
         if not config.png:
-            shutil.rmtree(images)
+            shutil.rmtree(images, ignore_errors=True)  # and when one is still writing there
     state.wait_for_everyone()
     return facts
 
@@ -107,8 +105,8 @@ def make_images(
 
     latents = generate(backbone, sampler, draw("start", 0), cond, lambda step: draw("step", step))
     with torch.no_grad():
-        pixels = backbone.codec.decode(latents).float()
-    return (pixels * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+        pixels = [backbone.codec.decode(part).float() for part in latents.split(DECODED)]
+    return (torch.cat(pixels) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 class Labels:
@@ -159,6 +157,11 @@ def count_classes(backbone: Backbone) -> int:
     return conditioner.classes if isinstance(conditioner, OneHotLabels) else 0
 
 
+def makes_images(codec: Codec) -> bool:
+    """Tells whether a codec turns what a network makes into images."""
+    return codec.image_channels in (1, 3) and type(codec).decode is not Codec.decode
+
+
 def image_file(folder: Path, number: int) -> Path:
     """Returns the path of an image."""
     return folder / f"{number:06d}.png"
@@ -173,9 +176,9 @@ def write_grid(path: Path, images: torch.Tensor) -> None:
 def _check(config: SampleConfig, backbone: Backbone, labels: Labels) -> None:
     if not (config.png or config.npz or config.grid):
         raise ConfigError("png, npz and grid are all off, so nothing would be left; switch one on")
-    if isinstance(backbone.codec, IdentityCodec) and backbone.in_channels not in (1, 3):
+    if not makes_images(backbone.codec):
         raise ConfigError(
-            f"{backbone.name} makes latents of {backbone.in_channels} channels and was opened without the autoencoder "
+            f"{backbone.name} makes latents of {backbone.in_channels} channels and was opened without an autoencoder "
             "that turns them to images; give backbone.codec, a folder or hub id"
         )
     levels_of(backbone.schedule, config.sampler)
@@ -203,6 +206,7 @@ def _facts(config: SampleConfig, backbone: Backbone, labels: Labels) -> dict[str
     sampler, schedule = config.sampler, backbone.schedule
     method, levels = method_of(schedule, sampler), levels_of(schedule, sampler)
     calls, guided = evaluations(schedule, sampler)
+    autoencoder = backbone.codec.module()
     facts = {
         "count": config.count,
         "sampler": method,
@@ -217,6 +221,8 @@ def _facts(config: SampleConfig, backbone: Backbone, labels: Labels) -> dict[str
         "model": backbone.name,
         "weights": backbone.weights_hash,
         "codec": backbone.codec.describe(),
+        # One encoder may have several decoders.
+        "codec_weights": None if autoencoder is None else hash_of_weights(autoencoder),
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "image": [backbone.image_channels, backbone.image_size, backbone.image_size],
     }
@@ -226,7 +232,10 @@ def _facts(config: SampleConfig, backbone: Backbone, labels: Labels) -> dict[str
         x = torch.zeros(1, backbone.in_channels, backbone.sample_size, backbone.sample_size)
         learned = backbone.denoise(x, levels[-1].time, labels([0])).shape[1] == 2 * backbone.in_channels
         variance = "learned" if learned else "posterior"
-        facts |= {"clipped": clips(backbone), "variance": variance if method == "ddpm" else f"eta {sampler.eta:g}"}
+        facts |= {
+            "clipped": clips(backbone, sampler),
+            "variance": variance if method == "ddpm" else f"eta {sampler.eta:g}",
+        }
         if learned and method == "ddim":
             facts["variance"] += ", learned one not used"
     return facts
@@ -246,8 +255,11 @@ def _claim(config: SampleConfig, request: dict[str, Any]) -> None:
                 f"{out} holds images of another request ({'; '.join(differ)}); give another out, or the same settings"
             )
     there = sorted(file.stem for file in (out / "images").glob("*.png"))
-    if there and not (out / REQUEST).exists():
-        raise ConfigError(f"{out / 'images'} holds images that were not made here; give another out")
+    if not (out / REQUEST).exists():
+        if there:
+            raise ConfigError(f"{out / 'images'} holds images that were not made here; give another out")
+        if (out / "results.json").exists():
+            raise ConfigError(f"{out} holds the results of another command; give another out")
     more = [name for name in there if name.isdecimal() and int(name) >= config.count]
     if more:
         raise ConfigError(
@@ -267,6 +279,17 @@ def _finished(config: SampleConfig) -> bool:
     if config.png or not all((out / name).exists() for name in wanted):
         return False
     return read_results(out)["metrics"]["count"] == config.count
+
+
+def _write_whole_set(config: SampleConfig, labels: Labels, facts: dict[str, Any]) -> None:
+    """Writes what is made of the PNG files, and results.json."""
+    out, images = Path(config.out), Path(config.out) / "images"
+    if config.npz:
+        _write_npz(out / "samples.npz", images, config.count, labels(range(config.count)))
+    if config.grid:
+        shown = [_read(images, number) for number in range(min(config.grid, config.count))]
+        write_grid(out / "grid.png", torch.from_numpy(np.stack(shown)).movedim(-1, 1))
+    write_results(out, config, config.seed, facts)
 
 
 def _png(image: torch.Tensor) -> bytes:

@@ -149,12 +149,14 @@ def evaluations(schedule: Schedule, config: SamplerConfig) -> tuple[int, int]:
     return len(called), sum(_guides(schedule, config, level) for level in called)
 
 
-def clips(backbone: Backbone) -> bool:
+def clips(backbone: Backbone, config: SamplerConfig) -> bool:
     """Returns whether "ddpm" and "ddim" hold the clean sample in [-1, 1] at each step.
 
-    As the scheduler that came with the network says; without one pixels are held there, as guided-diffusion does, and
-    latents are not.
+    As the config or else the scheduler that came with the network says; without either pixels are held there, as
+    guided-diffusion does, and latents are not.
     """
+    if config.clip is not None:
+        return config.clip
     sampler = getattr(backbone.schedule, "sampler", None)
     if sampler is not None:
         return bool(sampler.config.get("clip_sample", False))
@@ -298,7 +300,7 @@ def _ancestral(
     network: _Guided, config: SamplerConfig, levels: list[Level], x: torch.Tensor, fresh: StepNoise
 ) -> torch.Tensor:
     schedule = network.schedule
-    respaced = Respaced(schedule, levels, clips(network.backbone))
+    respaced = Respaced(schedule, levels, clips(network.backbone, config))
     for step, level in enumerate(levels):
         output = network(x, level)
         if method_of(schedule, config) == "ddpm":

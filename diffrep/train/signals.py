@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Several processes must end after the same step; they ask one another this often.
-EVERY = 10
+# Several processes must end after the same step; they ask one another about this often, in seconds.
+EVERY = 2.0
 
 
 class StopRequest:
@@ -24,6 +25,8 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._before: dict[int, Any] = {}
+        # When the processes last asked one another, after which step, and after which they do next.
+        self._since, self._last, self._next = time.monotonic(), 0, 0
         self.name: str | None = None
 
     def __enter__(self) -> StopRequest:
@@ -39,10 +42,14 @@ class StopRequest:
         accelerator = self._accelerator
         if accelerator.num_processes == 1:
             return self.name is not None
-        if step % EVERY:
+        if step < self._next:
             return False
-        flag = torch.tensor(float(self.name is not None), device=accelerator.device)
-        return accelerator.reduce(flag, "sum").item() > 0
+        now = time.monotonic()
+        spent = (now - self._since) / max(1, step - self._last)
+        mine = torch.tensor([float(self.name is not None), spent], device=accelerator.device)
+        asked, spent = accelerator.reduce(mine, "mean").tolist()  # the same everywhere, and so is what follows
+        self._since, self._last, self._next = now, step, step + max(1, int(EVERY / spent))
+        return asked > 0
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -10,22 +11,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from diffrep import dist
 from diffrep.config import TrainConfig, to_plain, to_yaml, write_results
 from diffrep.errors import ConfigError
 from diffrep.store.layout import write_json, write_whole
 from diffrep.train.average import Average
-from diffrep.train.checkpoints import Checkpoints, refuse_another, refuse_other_data
+from diffrep.train.checkpoints import Checkpoints, full_disk, refuse_another, refuse_other_data, replace_folder
 from diffrep.train.data import open_training
 from diffrep.train.distill import Distillation
 from diffrep.train.feed import Feed
 from diffrep.train.generative import Generative
-from diffrep.train.log import Log, check_trackers
+from diffrep.train.log import Log
 from diffrep.train.objective import Batch, Loss, Objective
 from diffrep.train.order import StepBatches, StepRandom
+from diffrep.train.sharding import check_sharding, check_units
 from diffrep.train.signals import StopRequest
+from diffrep.train.trackers import check_trackers
 from diffrep.train.watch import Watch
 
 
@@ -34,8 +37,9 @@ def run_train(config: TrainConfig) -> Path | None:
 
     Writes `config.yaml`, `log.jsonl` (see `diffrep.train.log.Log`), `checkpoints/step-*`, `watch.jsonl` and `samples/`
     where `config.watch` is set and, at the end, `model/`: a folder that `diffrep.load_backbone` opens, with the
-    averaged weights. Beside them lie projectors of alignment terms, or of a distillation the adapters and the level that
-    the student is read at (`distill.json`). A resumed run may be given other `steps`; its cosine then ends there.
+    averaged weights. Beside them lie projectors of alignment terms, or of a distillation the adapters and the level
+    that the student is read at (`distill.json`). A resumed run may be given other `steps`, and its cosine then ends
+    there, and another number of processes.
 
     SIGTERM and SIGUSR1 end the run after a checkpoint.
 
@@ -45,11 +49,13 @@ def run_train(config: TrainConfig) -> Path | None:
     Raises:
         ConfigError: The run folder belongs to another config or to other data, or the batch does not divide among the
             processes.
-        CheckpointError: A checkpoint cannot be read or written.
+        CheckpointError: A checkpoint cannot be read or written, or the disk is full.
+        BackendUnavailable: A tracker's package is missing, or it does not start.
         DiffrepError: The loss is not finite.
     """
     try:
-        return _train(config)
+        with full_disk(config.out):
+            return _train(config)
     except BaseException:
         dist.abandon()
         raise
@@ -63,11 +69,10 @@ def _train(config: TrainConfig) -> Path | None:
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         dynamo_backend="inductor" if config.compile else "no",
-        log_with=list(config.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "tracking")),
         # One process measures while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
+    check_sharding(accelerator, config)
     world = accelerator.num_processes
     if config.batch_size % (world * config.accumulate):
         parts = "" if config.accumulate == 1 else f" in {config.accumulate} parts each"
@@ -81,6 +86,7 @@ def _train(config: TrainConfig) -> Path | None:
     data = open_training(config, objective.image_channels)
     objective.attach(data)
     network = objective.module()
+    check_units(accelerator, network)
     if accelerator.is_main_process:  # now that nothing is wrong with it
         run.mkdir(parents=True, exist_ok=True)
         refuse_other_data(run, data.describe())
@@ -93,8 +99,8 @@ def _train(config: TrainConfig) -> Path | None:
     )
     model, optimizer = accelerator.prepare(network, optimizer)
     network.train()
-    average = Average(network, config.ema)
-    checkpoints = Checkpoints(accelerator, run, config.keep, average)
+    average = Average(network, config.ema, accelerator.is_main_process)
+    checkpoints = Checkpoints(accelerator, run, config.keep, network, average)
     first = checkpoints.resume()
     objective.follow(average)
     watch = None
@@ -110,10 +116,15 @@ def _train(config: TrainConfig) -> Path | None:
     with StopRequest(accelerator) as stop:
         finished = loop.run(first, feed, stop)
     log.close()
+    if finished:
+        average.refresh()
     if finished and accelerator.is_main_process:
-        with average.swapped(network):
+        partial = run / "partial-model"
+        shutil.rmtree(partial, ignore_errors=True)
+        with average.swapped():
             facts = objective.facts(network)
-            objective.export(network, run / "model", getattr(torch, config.export_dtype))
+            objective.export(network, partial, getattr(torch, config.export_dtype))
+        replace_folder(partial, run / "model")
         if log.last is not None:  # else the run was done before and its results stand
             metrics = {"steps": config.steps, "images": config.steps * config.batch_size, "loss": log.last}
             write_results(run, config, config.seed, metrics | facts)
@@ -161,7 +172,7 @@ class _Loop:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.average.step(self.network)
+            self.average.step()
             done = step + 1
             self.log.step(done, loss, norm, self.optimizer.param_groups[0]["lr"], feed.waited, self.network)
             asked = stop.asked(done) and done < config.steps
@@ -183,6 +194,7 @@ class _Loop:
 
     def _measure(self, done: int) -> None:
         self.log.pause()
+        self.average.refresh()
         if self.watch is not None and not self.watch.measured(done):
             self.log.track({"step": done} | self.watch.measure(done))
         self.accelerator.wait_for_everyone()

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from diffrep.backbones import Backbone
-from diffrep.backbones.codec import Codec
 from diffrep.backbones.encoders import open_encoder
 from diffrep.backbones.folders import load_codec
 from diffrep.backbones.sources import find
@@ -32,7 +31,7 @@ from diffrep.probe.logistic import LogisticPath
 from diffrep.probe.split import stratified_split
 from diffrep.store.layout import write_whole
 from diffrep.train.data import TrainingSet, check_targets
-from diffrep.train.sample import count_classes, make_images, write_grid
+from diffrep.train.sample import count_classes, make_images, makes_images, write_grid
 from diffrep.train.sampler import levels_of, null_condition
 from diffrep.train.watch_data import SEED, Samples, averaged, chunks, from_images, from_store
 
@@ -213,10 +212,15 @@ class Watch:
                 f"watch.samples={config.samples} and {'an' if encoder else 'no'} encoder: the Frechet distance needs "
                 "2 images or more, and watch.encoder for their features; for images to look at set grid"
             )
-        self.backbone.condition(None, 1)
+        try:
+            self.backbone.condition(None, 1)
+        except ConfigError as error:
+            raise ConfigError(
+                f"watch reads layers without a class, which {self.backbone.name} cannot do ({error}); leave watch out"
+            ) from error
         if not (config.samples or config.grid):
             return
-        if codec.image_channels not in (1, 3) or type(codec).decode is Codec.decode:
+        if not makes_images(codec):
             raise ConfigError(
                 f"the network makes latents of {self.backbone.in_channels} channels and there is nothing to decode "
                 "them with; give watch.codec, the autoencoder, or set samples and grid to 0"
@@ -233,7 +237,13 @@ class Watch:
             raise ConfigError(
                 f"the network takes {self.backbone.in_channels} channels, and the samples have {channels}"
             )
-        self.backbone.shapes(self.backbone.addresses(self.layers), *test.inputs.shape[-2:])
+        size, own = tuple(test.inputs.shape[-2:]), (self.backbone.sample_size,) * 2
+        self.backbone.shapes(self.backbone.addresses(self.layers), *size)
+        if config.samples and size != own:
+            raise ConfigError(
+                f"watch.samples: the network makes samples of {own[0]} x {own[1]} and is measured on {size[0]} x "
+                f"{size[1]}, whose Frechet distance means nothing; give data of its own size, or set samples to 0"
+            )
         if config.probe and (train.labels is None or test.labels is None):
             raise ConfigError(
                 "watch.probe needs images with one label each; set probe: false, or give other watch.data"

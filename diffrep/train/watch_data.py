@@ -15,7 +15,7 @@ from diffrep.data import ImageSet, open_images
 from diffrep.errors import ConfigError, UnknownNameError
 from diffrep.noise import Level, mix, sample_noise
 from diffrep.store import FeatureStore
-from diffrep.train.data import TARGETS, TrainingSet
+from diffrep.train.data import TrainingSet, find_targets, take
 
 SEED = 0  # of the choice and the noise: runs with other seeds are measured on the same inputs
 CHUNK = 64  # samples read or encoded at a time
@@ -94,19 +94,17 @@ def from_store(data: TrainingSet, splits: tuple[str, str], limit: int, stored: s
     """Reads samples of two splits of the store that a run is trained on.
 
     Args:
-        data: With a store.
+        data: With a store, and the one that holds its targets.
         splits: Names of the two.
         limit: Most samples of each.
         stored: Name of the targets that are `targets`.
 
     Raises:
-        ConfigError: A split or the targets are missing.
+        ConfigError: A split is missing.
+        UnknownNameError: The targets are missing.
     """
-    store, layers = data.store, data.target_store.layers
-    if stored is not None and TARGETS + stored not in layers:
-        known = [name.removeprefix(TARGETS) for name in layers if name.startswith(TARGETS)]
-        raise UnknownNameError("targets in watch.stored", stored, known, f"The store is {data.target_store.path}")
-    found = []
+    store, found = data.store, []
+    wanted = None if stored is None else find_targets(data.target_store, stored, "targets in watch.stored")
     for key, name in zip(("train_split", "test_split"), splits, strict=True):
         if name not in store.splits:
             raise ConfigError(
@@ -116,7 +114,7 @@ def from_store(data: TrainingSet, splits: tuple[str, str], limit: int, stored: s
         rows = choose(store.rows(name), limit)
         inputs = _taken(store, data.kind, rows, lambda part: part)
         mode = inputs.chunk(2, dim=1)[0].contiguous() if data.kind == "moments" else inputs
-        targets = None if stored is None else _taken(data.target_store, TARGETS + stored, rows, averaged)
+        targets = None if wanted is None else _taken(data.target_store, wanted, rows, averaged)
         single = store.labels is not None and store.labels.ndim == 1
         labels = torch.from_numpy(store.labels[rows]) if single else None
         found.append(Samples([store.ids[row] for row in rows], labels, mode, targets))
@@ -162,5 +160,4 @@ def _encoded(
 def _taken(
     store: FeatureStore, layer: str, rows: np.ndarray, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    level = "clean" if "clean" in store.levels else next(iter(store.levels))
-    return torch.cat([change(store.take(layer, level, rows[part]).float()) for part in chunks(len(rows))])
+    return torch.cat([change(take(store, layer, rows[part]).float()) for part in chunks(len(rows))])

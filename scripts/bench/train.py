@@ -69,7 +69,7 @@ class Run:
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.average.step(self.network)
+        self.average.step()
         self.done += 1
 
     def flops(self):

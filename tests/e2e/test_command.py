@@ -273,13 +273,21 @@ def test_ls_env_validate_and_version(capsys, words):
 
 
 @pytest.mark.slow
-def test_demo_in_small(capsys, tmp_path):
+def test_demo_in_small(capsys, tmp_path, monkeypatch):
     out = tmp_path / "demo"
+    monkeypatch.setattr("diffrep.demo.LEVELS", (5, 200))
     assert "report:" in call(capsys, "demo", "--limit", 100, "--out", out, check=0).out
     metrics = json.loads((out / "results.json").read_text())["metrics"]
     names = [score["name"] for score in metrics["scores"]]
-    assert names == ["linear", "kNN", "linear on raw pixels", "linear on the untrained network", "attention pool"]
-    assert len(metrics["cells"]) == 9 * 8 * 2, "linear and kNN"
+    both = [f"{head} on {network}" for network in ("fashion-unet", "sit-mini") for head in ("linear", "kNN")]
+    more = ["linear on raw pixels", "linear on the untrained fashion-unet", "attention pool on fashion-unet"]
+    assert names == both + more
+    assert len(metrics["cells"]) == 9 * 2 * 2, "linear and kNN"
+    (beside,) = metrics["beside"]
+    assert len(beside["cells"]) == 6 * 2 * 2
+    for one, same in zip(metrics["levels"], beside["levels"], strict=True):
+        assert abs(one["sigma"] / same["sigma"] - 1) < 0.01, "the same noise in both networks"
+    assert (out / "report.html").read_text().count("<h4>sit-mini</h4>") == 2 + 4, "maps of two heads, four pictures"
 
 
 def test_the_demo_with_other_images_takes_another_store(tmp_path):

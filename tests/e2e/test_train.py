@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,12 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.01)
 
 
+def logged(run):
+    """The last step in a run's log, 0 without any."""
+    lines = (run / "log.jsonl").read_text().split("\n")[:-1] if (run / "log.jsonl").exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
 def same_run(a, b, steps=STEPS):
     """Compares the results and all that the last checkpoints hold, bit for bit."""
     last = f"checkpoints/step-{steps:07d}"
@@ -89,11 +96,8 @@ def test_a_killed_run_goes_on_bit_for_bit(image_folder, file, tmp_path):
     assert process.wait() == -signal.SIGKILL
     # Whatever it had done by then, it is taken back to step 6.
     for folder in (run / "checkpoints").iterdir():
-        if folder.name.startswith("partial") or int(folder.name.removeprefix("step-")) > 6:
-            for inner in folder.iterdir():
-                inner.unlink()
-            folder.rmdir()
-    assert list((run / "checkpoints").iterdir()) == [run / "checkpoints" / "step-0000006"]
+        if folder.name != "step-0000006":
+            shutil.rmtree(folder)
     done = start(file, run)
     out, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
@@ -106,7 +110,7 @@ def test_a_killed_run_goes_on_bit_for_bit(image_folder, file, tmp_path):
 def test_a_signal_saves_and_ends(image_folder, file, tmp_path, number):
     run = tmp_path / "run"
     process = start(file, run, "steps=100000", "checkpoint_every=100000")
-    wait_for(lambda: (run / "log.jsonl").exists(), process)
+    wait_for(lambda: logged(run) > 0, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -114,8 +118,30 @@ def test_a_signal_saves_and_ends(image_folder, file, tmp_path, number):
     (saved,) = (run / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
     assert f"stopped at step {step};" in out
-    assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["step"] == step
+    assert logged(run) == step
     done = start(file, run, f"steps={step + 3}")
     out, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
     same_run(undisturbed(image_folder, tmp_path / "whole", step + 3), run, step + 3)
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+def test_signals_reach_every_process(image_folder, file, tmp_path, two_processes):
+    """Under torchrun, which passes them on and then ends with status 1."""
+    run, step = tmp_path / "run", 0
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        process = start(file, run, "steps=100000", "checkpoint_every=100000", "keep=1", "--nproc", "2")
+        wait_for(lambda before=step: logged(run) > before, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 1, err
+        (saved,) = (run / "checkpoints").iterdir()
+        assert int(saved.name.removeprefix("step-")) > step
+        step = int(saved.name.removeprefix("step-"))
+        assert f"stopped at step {step};" in out and "model:" not in out
+        assert logged(run) == step
+    done = two_processes.run("train", file, f"out={run}", f"steps={step + 3}")
+    assert done.codes == [0, 0], done.err
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, step + 4))

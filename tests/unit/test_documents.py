@@ -6,6 +6,7 @@ backticks or quotes; of the latter, one word behind `diffrep` only names the ver
 
 import argparse
 import ast
+import pkgutil
 import re
 import shlex
 from importlib import import_module
@@ -125,6 +126,25 @@ def test_shown_commands_work(file):
     # None is overlooked: what names a verb is a command of a block, or in quotes.
     mentioned = sorted(MENTION.findall(text))
     assert mentioned == sorted(verb for one in [*shown, *quoted] for verb in MENTION.findall(one))
+
+
+def test_names_in_documents_exist():
+    unknown = []
+    for file in FILES:
+        for name in re.findall(r"(?<![\w/.])diffrep((?:\.[A-Za-z_]\w*)+)", prose_of(file)):
+            if name.rpartition(".")[2] not in ("html", "git", "md"):
+                try:
+                    pkgutil.resolve_name(f"diffrep{name}")
+                except (AttributeError, ImportError):
+                    unknown.append(f"{file.relative_to(ROOT)}: diffrep{name}")
+    assert not unknown, "\n".join(unknown)
+
+
+def test_the_python_example_of_training(capsys):
+    code = (ROOT / "docs" / "training.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(code, "training.md", "exec"), {})
+    assert capsys.readouterr().out.endswith("euler 5 balanced\n")
+    assert Path("runs/own-samples/samples.npz").exists() and Path("runs/own/watch.jsonl").exists()
 
 
 def test_every_verb_shows_how_it_is_called():

@@ -167,8 +167,9 @@ def test_what_cannot_be_prepared(vae, encoders, images):
         ("pixels", "moments", ConfigError, "a dict of moments, flip, encoders, channels"),
         ("pixels", {"moments": True}, ConfigError, "without a spread; .* 'latents'"),
         (vae, {"channels": 1}, ConfigError, "takes images of 3"),
-        ("pixels", {"encoders": {"a.b": one}}, ConfigError, "'a.b' cannot name targets"),
-        ("pixels", {"encoders": {"keys": one}}, ConfigError, "'keys' cannot name"),
+        ("pixels", {"encoders": {"a.b": one}}, ConfigError, "encoders: 'a.b' cannot be a name"),
+        ("pixels", {"encoders": {"keys": one}}, ConfigError, "'keys' cannot be a name here"),
+        ("pixels", {"encoders": {"training": one}}, ConfigError, "'training' cannot be a name here"),
         ("pixels", {"encoders": {"a_flip": one}}, ConfigError, "no ending _flip"),
         ("pixels", {"encoders": {"a": "test_vitt"}}, UnknownNameError, "test_vit"),
     ):

@@ -1,6 +1,6 @@
 import pytest
 
-from diffrep.config import ModelConfig, TrainConfig, to_plain, validate
+from diffrep.config import ModelConfig, TrainConfig, load_config, to_plain, validate
 from diffrep.errors import ConfigError
 
 
@@ -23,3 +23,12 @@ def test_settings_that_contradict_each_other():
         distill=good["distill"] | {"teacher": {"source": "x", "dtype": "bfloat16"}},
     )
     wrong("multiple of 2", distill=good["distill"] | {"adapter": {"width": 7}})
+
+
+@pytest.mark.parametrize(
+    ("word", "left"), [("align=null", []), ("align.repa=null", []), ("align.a.preset=sra", ["repa", "a"])]
+)
+def test_overrides_add_alignment_terms_and_take_them_away(tmp_path, word, left):
+    file = tmp_path / "run.yaml"
+    file.write_text("{model: {kind: repa, args: B/2}, align: {repa: {stored: x}}, store: s, steps: 1, out: o}")
+    assert list(load_config(TrainConfig, [file], [word]).align) == left

@@ -6,7 +6,7 @@ import pytest
 from diffrep.report.confusion import confusion
 from diffrep.report.curves import level_curves
 from diffrep.report.headline import headline
-from diffrep.report.heat import grids, heat_map
+from diffrep.report.heat import grids, heat_maps
 from diffrep.report.lowdata import low_data
 from diffrep.report.pareto import best_and_cheapest, frontier, pareto, savings
 from diffrep.report.search import race
@@ -45,8 +45,8 @@ def test_the_heat_map_frames_the_chosen_cell(sample_metrics):
     metrics = sample_metrics()
     found = grids(metrics)
     assert [grid.head for grid in found] == ["logistic", "sgd", "knn"]
-    for grid in found:
-        laid = heat_map(metrics, grid)
+    for grid, tab in zip(found, heat_maps(metrics), strict=True):
+        (laid,) = tab["maps"]
         framed = [
             (row["name"], level["key"])
             for row in laid["rows"]
@@ -59,7 +59,7 @@ def test_the_heat_map_frames_the_chosen_cell(sample_metrics):
         assert laid["rows"][-1]["name"] == "all layers"
         numbers = [float(cell["text"]) for row in laid["rows"] for cell in row["cells"]]
         assert len(numbers) == 64
-        assert (min(numbers), max(numbers)) == (round(laid["low"], 3), round(laid["high"], 3))
+        assert (min(numbers), max(numbers)) == (round(tab["low"], 3), round(tab["high"], 3))
 
 
 def test_curves_stand_at_log_sigma_and_the_best_has_its_interval(sample_metrics):

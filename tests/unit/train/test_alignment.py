@@ -13,7 +13,7 @@ from diffrep.errors import ConfigError
 from diffrep.noise import DiscreteSchedule, FlowSchedule
 from diffrep.testing import TINY, tiny_backbone
 from diffrep.train.alignment import AlignmentTerm, default_ema_layers, default_layers
-from diffrep.train.distances import contrastive, cosine, dispersive, resized, smooth_l1, standardised
+from diffrep.train.distances import contrastive, cosine, dispersive, manifold, resized, smooth_l1, standardised
 
 LAYERS = ["blocks.1", "blocks.3:input"]
 
@@ -62,6 +62,8 @@ def test_a_convolution_and_no_projector():
     assert torch.equal(none(x), x)
     with pytest.raises(ConfigError, match="align.mine: layer 'blocks.1' has 4 channels and its target 5; .* use mlp"):
         term(LAYERS[:1], projector="none").projectors({"blocks.1": 4})
+    (none,) = term(LAYERS[:1], projector="none", distance="manifold").projectors({"blocks.1": 4}).values()
+    assert none(x[:, :4]).shape[1] == 4, "samples are compared with one another, in whatever width"
 
 
 def test_targets_of_other_widths_and_none():
@@ -113,11 +115,28 @@ def test_dispersive_at_its_ends():
     assert dispersive(1000 * maps(4, 3, 2, 2), 0.5).item() == pytest.approx(-math.log(4))
 
 
+def test_manifold_by_its_formula():
+    found, wanted = maps(4, 3, 2, 3), maps(4, 7, 2, 3, seed=1)
+    pairs = [(i, j) for i in range(4) for j in range(4)]
+    alike = [
+        torch.stack([torch.cosine_similarity(x[i].double(), x[j].double(), dim=0).mean() for i, j in pairs])
+        for x in (found, wanted)
+    ]
+    assert manifold(found, wanted).item() == pytest.approx((alike[0] - alike[1]).square().mean().item(), abs=1e-6)
+    turned = torch.linalg.qr(maps(7, 7, seed=2)).Q
+    assert manifold(torch.einsum("cd,bdhw->bchw", 3 * turned, wanted), wanted).item() < 1e-10
+    assert manifold(found[:1], wanted[:1]).item() == pytest.approx(0, abs=1e-10)
+    loss = manifold(found.requires_grad_(), wanted.requires_grad_())
+    loss.backward()
+    assert found.grad.any() and wanted.grad is None
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_gradients_of_distances_between_samples(temperature):
     found, wanted = maps(4, 3, 2, 2).double().requires_grad_(), maps(4, 3, 2, 2, seed=1).double()
     assert torch.autograd.gradcheck(lambda x: dispersive(x, temperature), found)
     assert torch.autograd.gradcheck(lambda x: contrastive(x, wanted, temperature), found)
+    assert torch.autograd.gradcheck(lambda x: manifold(x, wanted), found)
 
 
 # Transform and grids -------------------------------------------------------------------------------------------------
@@ -163,12 +182,18 @@ def test_contrastive_needs_the_mean():
         term(distance="contrastive", transform="spatial", alpha=1.0)
 
 
+def test_names_of_terms():
+    for name in ("a.b", "", "keys", "training", "mine_flip"):
+        with pytest.raises(ConfigError, match=f"align: '{name}' cannot be a name here"):
+            AlignmentTerm(name, AlignConfig(preset="dispersive"), LAYERS)
+
+
 # The term ------------------------------------------------------------------------------------------------------------
 
 
 def test_losses_are_in_fp32_under_autocast():
     found, wanted = maps(4, 5, 3, 3).bfloat16(), maps(4, 5, 3, 3, seed=1).bfloat16()
-    for distance in ("cosine", "smooth_l1", "contrastive"):
+    for distance in ("cosine", "smooth_l1", "contrastive", "manifold"):
         one = term(LAYERS[:1], distance=distance)
         with torch.autocast("cpu", torch.bfloat16):
             loss = one.losses({LAYERS[0]: found}, {LAYERS[0]: wanted})[LAYERS[0]]
@@ -231,6 +256,7 @@ configs = {
     "smooth_l1": AlignConfig(stored="z", projector="conv", distance="smooth_l1", stop=1),
     "contrastive": AlignConfig(stored="z", width=6, distance="contrastive", stop=1),
     "dispersive": AlignConfig(preset="dispersive", stop=1),
+    "manifold": AlignConfig(stored="z", projector="none", distance="manifold", stop=1),
 }
 terms = [AlignmentTerm(name, one, ["a.b"], 5 if one.target == "encoder" else None) for name, one in configs.items()]
 
@@ -278,7 +304,7 @@ def test_two_processes_have_the_gradients_of_one(two_processes, tmp_path):
         assert done.codes == [0] * ranks, done.err
         found.append(load_file(tmp_path / f"{ranks}"))
     one, two = found
-    assert {"cosine", "smooth_l1", "contrastive", "dispersive", "trunks.dispersive.weight"} < {*one}
+    assert {"cosine", "smooth_l1", "contrastive", "dispersive", "manifold", "trunks.dispersive.weight"} < {*one}
     for name, value in one.items():
         difference = (two[name] - value).norm() / value.norm()
         assert difference < 1e-5, f"{name}: {difference}"

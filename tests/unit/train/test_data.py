@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
 
 def extract(out, folder, source, config, **given):
     backbone = {"source": str(source), "family": "prepare", "config": config, "device": "cpu"}
+    backbone |= given.pop("backbone", {})
     values = {"layers": ["blocks"], "levels": ["clean"], "noise": "none", "dtype": "float32"} | given
     values = {"backbone": backbone, "data": folder if isinstance(folder, dict) else str(folder), "request": values}
     return run_extract(validate(ExtractConfig, values | {"out": str(out), "unit_size": 4, "batch_size": 4}))
@@ -163,6 +164,11 @@ def test_what_cannot_be_trained_on(store, pixels, folder, tmp_path):
         ({"store": store.path, "store_split": "trian"}, UnknownNameError, "did you mean 'train'"),
         ({"store": store.path, "stored": ("lit",)}, UnknownNameError, "unknown targets 'lit'; did you mean 'lite'"),
         ({"store": pixels.path, "stored": ("lite",), "flip": True}, ConfigError, "layers targets.lite_flip, which"),
+        (
+            {"store": store.path, "stored": ("lite_flip",)},
+            UnknownNameError,
+            "unknown targets 'lite_flip'; did you mean",
+        ),
         ({"store": tmp_path / "none"}, StoreError, "no feature store"),
     ):
         with pytest.raises(error, match=message):
@@ -197,10 +203,21 @@ def test_cached_targets_and_the_encoder_they_should_come_from(store, encoder):
         check_targets(store, "lit", validate(EncoderConfig, encoder))
 
 
+def test_cached_targets_of_an_encoder_in_half_precision(folder, encoder, tmp_path):
+    half = {"encoders": {"lite": encoder}}
+    store = extract(tmp_path / "s", folder, "pixels", half, layers=["targets.lite"], backbone={"dtype": "bfloat16"})
+    check_targets(store, "lite", validate(EncoderConfig, encoder))
+    with pytest.raises(ConfigError, match="(?s)other preprocessing.*size: native there, 64 now$"):
+        check_targets(store, "lite", validate(EncoderConfig, encoder | {"size": 64}))
+
+
 def test_labels_count_classes(tmp_path):
     pictures = np.zeros((4, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", train_images=pictures, train_labels=np.array([0, 5, 1, 1]))
     assert training(data={"path": str(tmp_path / "a.npz"), "splits": ["train"]}).classes == 6
+    np.savez(tmp_path / "c.npz", train_images=pictures, train_labels=np.array([0, -1, 1, -1]))
+    with pytest.raises(ConfigError, match="2 of 4 labels are no classes, such as -1; classes here are 0 to 1"):
+        training(data={"path": str(tmp_path / "c.npz"), "splits": ["train"]})
     several = np.eye(4, dtype=np.int64)
     np.savez(tmp_path / "b.npz", train_images=pictures, train_labels=several)
     data = training(data={"path": str(tmp_path / "b.npz"), "splits": ["train"]})

@@ -394,8 +394,9 @@ def test_captions_that_are_missing_or_do_not_fit(folder_of, image_folder, tmp_pa
     flat = tmp_path / "flat"
     shutil.copytree(image_folder / "train" / "class0", flat)
     objective = Distillation(distill(folder_of("dit"), labels=True, **layers), CPU)
+    settings = config(folder_of("dit"), flat, "x", data=DataConfig(path=flat, splits="all"))
     with pytest.raises(ConfigError, match="need data that have one label each"):
-        objective.attach(open_training(config(folder_of("dit"), flat, "x", data=DataConfig(path=flat, splits="all")), 3))
+        objective.attach(open_training(settings, 3))
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_the_average_of_the_weights_teaches_at_less_noise(image_folder):
     objective, data, module, average = opened(config(image_folder, "unused", align=align, label_dropout=0.5))
     for _ in range(3):
         stir(module)
-        average.step(module)
+        average.step()
     rows = list(range(12))
     batch = Batch(rows, data[rows, [False] * 12])
     drawn = objective.draw((12, *batch.clean.shape[1:]), StepRandom(0, 0))
@@ -321,6 +321,13 @@ def test_settings_that_do_not_fit(image_folder, tmp_path, encoder):
         ConfigError, "has 5 classes and the data have 3; give model.args.num_classes=3", args=SIT | {"num_classes": 5}
     )
     wrong(ConfigError, "takes 4 channels, and images have 1 or 3; give codec", args=SIT | {"in_channels": 4})
+    wrong(ConfigError, "made for 32 x 32 and the data are 16 x 16; give", args=SIT | {"input_size": 32})
+    wrong(
+        ConfigError,
+        "give model.args.label_dim=3",
+        model={"kind": "edm", "args": TINY_OFFICIAL["edm"] | {"label_dim": 4}},
+        data=DataConfig(path=image_folder, splits="train"),
+    )
     wrong(ConfigError, "multiples of its patch, 5", args=SIT | {"patch_size": 5, "input_size": 15})
     file = tmp_path / "vit.safetensors"
     save_file(timm.create_model("test_vit").state_dict(), file)

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from diffrep import load_backbone, run_sample
+from diffrep.backbones.fingerprint import hash_of_weights
 from diffrep.cli import main
 from diffrep.config import SampleConfig
 from diffrep.errors import ConfigError, StoreError
 from diffrep.testing import save_tiny
+from diffrep.train import sample
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,7 @@ def test_what_a_run_leaves(dit_folder, dit, tmp_path):
     expected = {"sampler": "ddim", "steps": 4, "nfe": 4, "guidance": 3.0, "interval": [0.2, 0.8], "eta": 0.5}
     expected |= {"guided_channels": 3, "labels": "balanced", "classes": 10, "codec": dit.codec.describe()}
     expected |= {"guided_calls": 3, "weights": dit.weights_hash, "variance": "eta 0.5, learned one not used"}
+    expected |= {"codec_weights": hash_of_weights(dit.codec.module())}
     assert {key: facts[key] for key in expected} == expected
 
 
@@ -57,6 +61,7 @@ def test_grey_images_of_a_network_without_classes(unet_folder, unet, tmp_path):
     with np.load(tmp_path / "samples.npz") as arrays:
         assert arrays.files == ["arr_0"] and arrays["arr_0"].shape == (6, 16, 16, 1)
     assert (facts["sampler"], facts["variance"], facts["clipped"]) == ("ddpm", "posterior", True)
+    assert facts["codec_weights"] is None
 
 
 def test_an_image_depends_on_seed_and_number_alone(unet_folder, unet, tmp_path):
@@ -97,6 +102,29 @@ def test_the_array_alone(unet_folder, unet, tmp_path):
     assert (tmp_path / "array" / "samples.npz").stat().st_mtime_ns == written, "a finished run has nothing to add"
 
 
+def test_two_runs_of_one_request(unet_folder, unet, tmp_path, monkeypatch):
+    """The second is finished while the first still makes images, and has taken the PNG files away."""
+    given = config(unet_folder, tmp_path / "out", png=False, batch_size=4)
+    run_sample(config(unet_folder, tmp_path / "alone", batch_size=4), unet)
+    whole = sample.make_images
+    batches = []
+
+    def slow(*given_):
+        batches.append(given_)
+        if len(batches) == 2:
+            monkeypatch.setattr(sample, "make_images", whole)
+            run_sample(given, unet)
+        return whole(*given_)
+
+    monkeypatch.setattr(sample, "make_images", slow)
+    run_sample(given, unet)
+    assert len(batches) == 2
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "config.yaml", "grid.png", "request.json", "results.json", "samples.npz",
+    ]  # fmt: skip
+    assert np.array_equal(*(np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("out", "alone")))
+
+
 def test_folders_of_other_images_are_refused(unet_folder, unet, tmp_path):
     run_sample(config(unet_folder, tmp_path), unet)
     with pytest.raises(ConfigError, match=r"another request \(sampler.steps: 2 there, 3 now; seed: 0 there, 1 now\)"):
@@ -110,6 +138,11 @@ def test_folders_of_other_images_are_refused(unet_folder, unet, tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "foreign" / "images" / "cat.png")
     with pytest.raises(ConfigError, match="holds images that were not made here"):
         run_sample(config(unet_folder, tmp_path / "foreign"), unet)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("{}")
+    with pytest.raises(ConfigError, match="run holds the results of another command"):
+        run_sample(config(unet_folder, tmp_path / "run"), unet)
+    assert (tmp_path / "run" / "results.json").read_text() == "{}"
     (tmp_path / "images" / "000003.png").write_bytes(b"not a PNG")
     with pytest.raises(StoreError, match="000003.png: .* delete it and run again"):
         run_sample(config(unet_folder, tmp_path), unet)
@@ -169,6 +202,11 @@ def test_latents_need_their_autoencoder(tmp_path):
     vae = save_tiny("dit", tmp_path / "dit") / "vae"
     facts = run_sample(config(folder, tmp_path / "out", backbone={"source": folder, "codec": vae, "device": "cpu"}))
     assert facts["codec"]["kind"] == "AutoencoderKL" and facts["sampler"] == "euler"
+    with pytest.raises(ConfigError, match="without an autoencoder that turns them to images"):
+        run_sample(config("pixels", tmp_path / "none", backbone={"source": "pixels", "family": "prepare"}))
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValidationError, match="at least 1"):
+        config(folder, tmp_path / "empty", labels=[])
 
 
 def test_edm(tmp_path):

@@ -134,6 +134,19 @@ def test_a_schedule_that_ends_without_signal():
         generate(gaussian(schedule), SamplerConfig(method="heun"), noise(0))
 
 
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_the_clean_sample_is_held_where_it_is_asked_for(method):
+    backbone, start = gaussian(DiscreteSchedule.linear()), noise(0)  # of four channels, and without a scheduler
+    free, held, left = (
+        generate(
+            backbone, SamplerConfig(method=method, steps=20, clip=clip), start, None, lambda step: noise(1 + step)
+        )
+        for clip in (False, True, None)
+    )
+    assert torch.equal(left, free) and free.abs().max() > 1.2
+    assert held.abs().max() <= 1
+
+
 def test_one_step_begins_at_the_most_noise():
     for schedule in (DiscreteSchedule.linear(), SigmaSchedule(), FlowSchedule()):
         (level,) = levels_of(schedule, SamplerConfig(steps=1, method="euler"))

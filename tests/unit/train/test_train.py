@@ -89,10 +89,14 @@ def test_a_damaged_checkpoint_and_unnamed_splits(image_folder, tmp_path):
 
 @pytest.mark.gpu
 def test_resume_on_cuda(image_folder, tmp_path):
+    """Close, not equal: cuDNN's backward adds up in no fixed order."""
+    whole = weights(run_train(config(image_folder, tmp_path / "whole", mixed_precision="no")))
     run = tmp_path / "run"
-    run_train(config(image_folder, run))
+    run_train(config(image_folder, run, mixed_precision="no"))
     shutil.rmtree(run / "checkpoints" / "step-0000006")
-    run_train(config(image_folder, run))
+    resumed = weights(run_train(config(image_folder, run, mixed_precision="no")))
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, atol=1e-3, rtol=1e-2)
 
 
 def test_the_exported_weights_are_the_average(image_folder, tmp_path):

@@ -24,8 +24,8 @@ from diffrep.config import (
 from diffrep.data import open_images
 from diffrep.errors import ConfigError, DiffrepError, LayerError
 from diffrep.metrics import FeatureStatistics, chance, cka, cknna, frechet_distance, mutual_knn, prepare
-from diffrep.noise import FlowSchedule
-from diffrep.testing import save_images
+from diffrep.noise import DiscreteSchedule, FlowSchedule
+from diffrep.testing import TINY_OFFICIAL, save_images
 from diffrep.train.data import open_training
 from diffrep.train.sample import run_sample
 from diffrep.train.watch import Watch, linear_probe
@@ -162,6 +162,53 @@ def test_a_store_gives_what_its_images_give(latents, encoder, tmp_path):
     assert pictures[0] == pictures[1]
     wide = folders.load_codec(codec, CPU, torch.float32).downscale * 8
     assert Image.open(tmp_path / "a" / "samples" / "step-0000000.png").size == (2 * wide + 6, wide + 4)
+
+
+def test_targets_in_a_store_of_their_own(latents, encoder, tmp_path):
+    images, codec, store = latents
+    wanted = {"encoders": {"other": encoder.model_dump(exclude_none=True) | {"layer": "blocks.2"}}}
+    config = ExtractConfig(
+        backbone=BackboneConfig(source="pixels", family="prepare", config=wanted, device="cpu"),
+        data=DataConfig(path=images),
+        request=FeatureRequest("targets.other", "clean", noise="none", dtype="float8_e4m3fn"),
+        out=tmp_path / "targets",
+        unit_size=5,
+    )
+    kept = run_extract(config)
+    backbone = model(in_channels=4, input_size=8)
+    align = {"a": {"preset": "repa", "stored": "other"}}
+    asked = {"store": store, "train": {"targets": kept.path, "align": align}}
+    given = watch(tmp_path / "a", backbone, encoder=encoder.model_copy(update={"layer": "blocks.2"}), **asked)
+    assert torch.equal(given.test.targets, kept["targets.other", "clean"][kept.rows("test")].float().mean((2, 3)))
+    shown = DataConfig(path=images)
+    line = given.measure(0)
+    online = watch(
+        tmp_path / "b", backbone, data=shown, codec=codec, encoder=encoder.model_copy(update={"layer": "blocks.2"}),
+        store=store,
+    ).measure(0)  # fmt: skip
+    assert without_time(line) == pytest.approx(without_time(online), abs=0.02), "eight bits change little"
+    for changes, message in (
+        ({"stored": "eff"}, "unknown targets in watch.stored 'eff'.*targets"),
+        ({"stored": "other_flip"}, "did you mean 'other'"),
+        ({"encoder": encoder}, "cached targets 'other' in .*targets were made by another encoder"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            watch(tmp_path, backbone, **asked, **changes)
+
+
+def test_samples_of_another_size_than_the_images(image_folder, encoder, tmp_path):
+    larger = DataConfig(path=image_folder, size=32)
+    with pytest.raises(ConfigError, match="makes samples of 16 x 16 and is measured on 32 x 32"):
+        watch(tmp_path, model(), data=larger, image_folder=image_folder, encoder=encoder, samples=4)
+    assert watch(tmp_path, model(), data=larger, image_folder=image_folder).measure(0)["probe/blocks.1"] > 0.5
+
+
+def test_a_network_that_needs_a_class(image_folder, tmp_path):
+    config = TINY_OFFICIAL["adm"] | {"num_classes": 3, "in_channels": 1, "out_channels": 2}
+    network, adapter = new_network("adm", config)
+    backbone = adapter("adm", network, DiscreteSchedule.linear(), None, adapter.conditioner_of(network))
+    with pytest.raises(ConfigError, match="watch reads layers without a class, which adm cannot do .*; leave watch"):
+        watch(tmp_path, backbone, image_folder, aligned=("middle_block",))
 
 
 def test_what_is_taken_where_nothing_is_given(image_folder, encoder, tmp_path):
