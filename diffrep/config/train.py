@@ -200,7 +200,10 @@ class TrainConfig(Section):
     clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     flip: bool = False
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    # A bare no is false in YAML.
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)] = (
+        "bf16"
+    )
     compile: bool = False
     checkpointing: bool = False
     checkpoint_every: PositiveInt = 1000

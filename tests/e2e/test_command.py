@@ -248,6 +248,7 @@ def test_two_processes_train_the_same_network(unet_folder, image_folder, tmp_pat
     arguments = {key: list(v) if isinstance(v, tuple) else v for key, v in TINY["unet2d"][1].items()}
     file.write_text(to_yaml({"model": {"args": arguments}}))
     words = ["train", file, f"data={image_folder}", "data.splits=train", "steps=4", "batch_size=4", "warmup=0"]
+    words.append("mixed_precision=no")
     call(capsys, *words, f"out={tmp_path / 'one'}", check=0)
     monkeypatch.setattr(dist, "launch", two_processes.launch)
     assert "in 2 processes" in call(capsys, *words, f"out={tmp_path / 'two'}", "--nproc", 2, check=0).err

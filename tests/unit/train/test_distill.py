@@ -257,7 +257,7 @@ def test_the_learning_rate_may_stay(folder_of, image_folder):
 @pytest.mark.mp
 def test_two_processes_train_the_same_student(folder_of, image_folder, tmp_path, two_processes, monkeypatch, capsys):
     file = tmp_path / "train.yaml"
-    file.write_text(to_yaml(config(folder_of("unet2d"), image_folder, "unused", steps=3)))
+    file.write_text(to_yaml(config(folder_of("unet2d"), image_folder, "unused", steps=3, mixed_precision="no")))
     monkeypatch.setattr(dist, "launch", two_processes.launch)
     for out, processes in (("one", 1), ("two", 2)):
         capsys.readouterr()

@@ -149,10 +149,9 @@ def test_spread_weights_train_as_whole_ones(image_folder, tmp_path, two_processe
     assert done.codes == [0, 0], done.err
     assert (two / "checkpoints" / "step-0000004" / "pytorch_model_fsdp_0").is_dir(), "the weights were not spread"
     same_losses(one, two)
-    for a, b in zip(log(one, "watch.jsonl"), log(two, "watch.jsonl"), strict=True):
-        assert {key: value for key, value in a.items() if key != "seconds"} == pytest.approx(
-            {key: value for key, value in b.items() if key != "seconds"}, rel=1e-3
-        )
+    measured = [[line["cka/blocks.1"] for line in log(run, "watch.jsonl")] for run in (one, two)]
+    assert measured[1] == pytest.approx(measured[0], rel=1e-5)
+    assert abs(measured[0][-1] - measured[0][0]) > 5e-5, "the average has hardly moved: these would be equal anyway"
     state, wanted = (load_file(run / "model" / "model.safetensors") for run in (two, one))
     assert state.keys() == wanted.keys()
     for name in wanted:
@@ -175,6 +174,17 @@ def test_spread_weights_train_as_whole_ones(image_folder, tmp_path, two_processe
 
     with pytest.raises(CheckpointError, match="step-0000004 was written with FSDP; go on with it as it was written"):
         run_train(settings.model_copy(update={"out": str(two), "steps": 6}))
+
+
+@pytest.mark.mp
+def test_spread_weights_leave_autocast_and_times_alone(image_folder, tmp_path, two_processes, repa):
+    """Accelerate's own policy would round times and residual streams to bf16."""
+    settings = config(image_folder, "unused", align={"enc": repa}, mixed_precision="bf16", checkpoint_every=4)
+    file, (one, two) = write(settings, tmp_path), (tmp_path / name for name in ("one", "two"))
+    run_train(settings.model_copy(update={"out": str(one)}))
+    done = two_processes.run("train", file, f"out={two}", source=ON_CPU)
+    assert done.codes == [0, 0], done.err
+    same_losses(one, two, rel=3e-4)
 
 
 @pytest.mark.mp
