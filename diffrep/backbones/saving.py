@@ -62,6 +62,7 @@ def save_backbone(backbone: Backbone, network: nn.Module, folder: Path) -> None:
         ConfigError: As for `options_of`.
     """
     options_of(backbone)
+    nn.Module.to(network, memory_format=torch.contiguous_format)  # convolutions on CUDA lie channels last
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(backbone, OfficialBackbone):
         family = next(name for name, kind in OFFICIAL.items() if type(backbone) is kind)

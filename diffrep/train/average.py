@@ -91,7 +91,7 @@ class Average:
         for name, shadow in self._averages():
             average = whole(shadow, self._weights[name])
             if self.main:
-                state[name] = average.cpu()
+                state[name] = average.cpu().contiguous()  # convolutions may lie channels last
         if self.main:
             save_file(state, folder / EMA_FILE)
 

@@ -124,6 +124,20 @@ def test_what_a_flow_predicts_is_written_beside_it(image_folder, tmp_path, predi
     assert (backbone.schedule.path, backbone.schedule.prediction) == ("cosine", prediction)
 
 
+def test_weights_in_channels_last_are_saved(image_folder, tmp_path):
+    """As U-Nets are laid out on CUDA."""
+    objective, _, module, _ = opened(config(image_folder, "unused", *KINDS["unet"]))
+    module.to(memory_format=torch.channels_last)
+    average = Average(module, 0.9)
+    objective.follow(average)
+    average.save(tmp_path)
+    average.load(tmp_path, 1)
+    objective.export(module, tmp_path / "model", torch.float16)
+    name = "conv_in.weight"
+    found = load_file(tmp_path / "model" / "diffusion_pytorch_model.safetensors")[name]
+    torch.testing.assert_close(found.float(), module.network.get_parameter(name), atol=1e-3, rtol=1e-3)
+
+
 def test_alignment_terms_add_up_and_are_logged(image_folder, tmp_path, encoder):
     align = {
         "enc": {"preset": "repa", "encoder": encoder, "layers": ["blocks.0", "blocks.2"], "width": 16},

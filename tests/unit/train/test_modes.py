@@ -184,7 +184,8 @@ def test_spread_weights_leave_autocast_and_times_alone(image_folder, tmp_path, t
     run_train(settings.model_copy(update={"out": str(one)}))
     done = two_processes.run("train", file, f"out={two}", source=ON_CPU)
     assert done.codes == [0, 0], done.err
-    same_losses(one, two, rel=3e-4)
+    same_losses(one, two, ("loss", "denoise"), rel=8e-5)  # with it they differ twice as much, and more
+    same_losses(one, two, ("grad_norm",), rel=5e-4)
 
 
 @pytest.mark.mp
