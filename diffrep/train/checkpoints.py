@@ -109,7 +109,7 @@ class Checkpoints:
 
     def found(self) -> list[Path]:
         """Returns those that are there, the newest last."""
-        return sorted(self.folder.glob("step-*"))
+        return sorted(self.folder.glob("step-*"), key=_step_of)
 
     def resume(self) -> int:
         """Goes back to the newest one and returns its step; 0 without any.
@@ -118,7 +118,7 @@ class Checkpoints:
             CheckpointError: It cannot be read.
         """
         saved = self.found()
-        step = int(saved[-1].name.removeprefix("step-")) if saved else 0
+        step = _step_of(saved[-1]) if saved else 0
         if self.accelerator.is_main_process:
             for name in ("log.jsonl", "watch.jsonl"):
                 _cut(self.run / name, step)
@@ -180,9 +180,17 @@ class Checkpoints:
             shutil.rmtree(rest)
 
     def _accept(self, partial: Path, step: int) -> None:
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
         replace_folder(partial, self.folder / f"step-{step:07d}")
         for old in self.found()[: -self.keep]:
             shutil.rmtree(old)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _reason(error: BaseException, folder: Path) -> str:

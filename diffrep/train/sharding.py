@@ -6,6 +6,7 @@ import os
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,21 +24,22 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         return
     if not accelerator.is_fsdp2:
         # Accelerate itself says nothing here and gives each process the whole network.
-        reason = "it needs GPUs" if accelerator.device.type == "cpu" else "fsdp_version must be 2"
+        first = accelerator.distributed_type == DistributedType.FSDP
+        reason = "fsdp_version must be 2" if first else "it needs GPUs and a launcher"
         raise ConfigError(f"FSDP is asked for, and {reason}; see configs/accelerate/fsdp2.yaml, or leave it out")
     plugin = accelerator.state.fsdp_plugin
     taught = [name for name, term in config.align.items() if term.target == "ema"]
     refused = {
         "distill, whose student has weights of no dimension": config.distill is not None,
         f"align.{', align.'.join(taught)}, which the averaged weights teach": bool(taught),
-        "mixed_precision=fp16; bf16 can": config.mixed_precision == "fp16",
+        "mixed_precision=fp16, in place of which bf16 can be used": config.mixed_precision == "fp16",
         "compile": config.compile,
         "fsdp_state_dict_type other than SHARDED_STATE_DICT": plugin.state_dict_type.name != "SHARDED_STATE_DICT",
     }
     found = [what for what, holds in refused.items() if holds]
     if found:
         raise ConfigError(
-            f"FSDP cannot go with {' and '.join(found)}; change that, or train with configs/accelerate/ddp.yaml"
+            f"FSDP cannot go with: {'; '.join(found)}. Change that, or train with configs/accelerate/ddp.yaml"
         )
     # Accelerate's policy would round the inputs, times too, to bf16. The run's autocast is all that is wanted.
     plugin.mixed_precision_policy = None

@@ -16,7 +16,6 @@ from diffrep.config import TrainConfig, to_plain
 from diffrep.errors import BackendUnavailable
 from diffrep.store.layout import write_whole
 
-# Their packages are called as they are.
 PROJECT, FOLDER = "diffrep", "tracking"
 
 
@@ -26,6 +25,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
     Raises:
         BackendUnavailable: It is.
     """
+    # The packages are called as the trackers are.
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise BackendUnavailable(

@@ -117,6 +117,7 @@ def test_a_step_in_parts_is_a_step(image_folder, tmp_path, repa):
 
 
 @pytest.mark.mp
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(image_folder, tmp_path, two_processes, repa):
     settings = config(image_folder, "unused", align={"enc": repa}, steps=6)
     file, (one, two, less, more) = write(settings, tmp_path), (tmp_path / name for name in ("1", "2", "21", "12"))
@@ -138,6 +139,7 @@ def test_a_run_goes_on_with_another_number_of_processes(image_folder, tmp_path, 
 
 
 @pytest.mark.mp
+@pytest.mark.slow
 def test_spread_weights_train_as_whole_ones(image_folder, tmp_path, two_processes, repa):
     """FSDP2: losses, measurements of the average, resume to the bit, and a model that opens."""
     watch = {"every": 2, "limit": 12, "test_split": "test", "layers": "blocks.1", "neighbours": 3}
@@ -184,8 +186,8 @@ def test_spread_weights_leave_autocast_and_times_alone(image_folder, tmp_path, t
     run_train(settings.model_copy(update={"out": str(one)}))
     done = two_processes.run("train", file, f"out={two}", source=ON_CPU)
     assert done.codes == [0, 0], done.err
-    same_losses(one, two, ("loss", "denoise"), rel=8e-5)  # with it they differ twice as much, and more
-    same_losses(one, two, ("grad_norm",), rel=5e-4)
+    same_losses(one, two, ("loss", "denoise"), rel=8e-5)  # with it 1.7e-4
+    same_losses(one, two, ("grad_norm",), rel=5e-4)  # with it 1.1e-3
 
 
 @pytest.mark.mp
@@ -194,7 +196,7 @@ def test_what_cannot_be_spread(image_folder, tmp_path, two_processes, monkeypatc
     file = write(config(image_folder, "unused", align=align, compile=True), tmp_path)
     done = two_processes.run("train", file, f"out={tmp_path / 'never'}", source=ON_CPU)
     assert 2 in done.codes and not (tmp_path / "never").exists()
-    assert "FSDP cannot go with align.own, which the averaged weights teach and compile" in "".join(done.err)
+    assert "FSDP cannot go with: align.own, which the averaged weights teach; compile." in "".join(done.err)
     other = ON_CPU.replace("'Block'", "'Blok'")
     file = write(config(image_folder, "unused"), tmp_path)
     done = two_processes.run("train", file, f"out={tmp_path / 'never'}", source=other)
@@ -202,7 +204,7 @@ def test_what_cannot_be_spread(image_folder, tmp_path, two_processes, monkeypatc
     assert "the network has no Blok; its modules are AlignedModel, Attention, Block," in "".join(done.err)
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="FSDP is asked for, and it needs GPUs"):
+    with pytest.raises(ConfigError, match="FSDP is asked for, and it needs GPUs and a launcher"):
         run_train(config(image_folder, tmp_path / "never"))
 
 
