@@ -7,9 +7,8 @@ import subprocess
 import sys
 
 import pytest
-import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from diffrep import load_backbone, run_train
 from diffrep.config import DataConfig, TrainConfig, to_yaml
@@ -51,13 +50,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.fixture(scope="module")
-def repa(tmp_path_factory):
+@pytest.fixture
+def repa(encoder):
     """An alignment term with a tiny encoder; its projector's layers of 17 channels do not halve."""
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
-    save_file(timm.create_model("test_efficientnet").state_dict(), file)
-    encoder = {"source": file, "model": "test_efficientnet", "size": 64}
     return {"preset": "repa", "encoder": encoder, "width": 17}
 
 
