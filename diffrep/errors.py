@@ -48,6 +48,10 @@ class BackendUnavailable(DiffrepError):
     """An optional package or a device is needed and not there."""
 
 
+class Stopped(DiffrepError):
+    """A signal ended the work before it was complete; what was finished stays. The command exits with status 143."""
+
+
 def suggest(name: str, known: list[str], first: int = 12) -> str:
     """Returns "did you mean ..." with the closest of `known`, or the first few of them when none is close."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,8 @@ from torch import nn
 from diffrep.backbones.aliases import expand
 from diffrep.backbones.attention import AttentionBackend
 from diffrep.backbones.codec import Codec, IdentityCodec
-from diffrep.backbones.compiled import CompiledCapture
-from diffrep.backbones.conditioning import Cond, Condition, Conditioner
+from diffrep.backbones.compiled import Mode, Region, compiled_capture, find_regions
+from diffrep.backbones.conditioning import Cond, Condition, Conditioner, Ready
 from diffrep.backbones.fingerprint import hash_of_config, hash_of_weights
 from diffrep.backbones.layer import CONTAINERS, Layer
 from diffrep.backbones.spatial import is_spatial
@@ -44,8 +44,10 @@ class Backbone(ABC):
 
     Attributes:
         convolutional: Whether the network gains from the channels-last memory layout.
-        compiler: The torch.compile backend, such as "inductor", that `capture` compiles the function that returns the
-            features with, one graph for each set of layers; None runs it as it is. Attention maps always do.
+        compiler: The torch.compile backend, such as "inductor", that `capture` compiles with; None runs everything as
+            it is. Attention maps always do.
+        compile_mode: "graph" compiles the function that returns the features, once for each set of layers; "regional"
+            the repeated blocks, once for all sets; "cudagraphs" records that function, once for each shape of batch.
         attention: The kernel that softmax attention runs on; None is torch's choice.
     """
 
@@ -60,9 +62,10 @@ class Backbone(ABC):
         self.codec = codec = codec or IdentityCodec(self.in_channels)
         self.conditioner = conditioner
         self.compiler: str | None = None
+        self.compile_mode: Mode = "graph"
         self.attention: AttentionBackend | None = None
         self._parsed: dict[tuple[str, ...], dict[str, Address]] = {}
-        self._functions: dict[tuple[Address, ...], CompiledCapture] = {}
+        self._functions: dict[tuple[Address, ...], Callable[..., dict[Address, torch.Tensor]]] = {}
         if codec.module() is not None:
             codec.module().requires_grad_(False).eval()
         if codec.latent_channels != self.in_channels:
@@ -226,7 +229,7 @@ class Backbone(ABC):
         with self.attention or nullcontext():
             if self.compiler is not None and not any(address.point == "attention" for address in wanted):
                 if wanted not in self._functions:
-                    self._functions[wanted] = CompiledCapture(self, wanted, self.compiler)
+                    self._functions[wanted] = compiled_capture(self, wanted)
                 found = self._functions[wanted](*arguments)
             else:
                 found = capture(self.network, wanted, lambda: self.call(self.network, *arguments))
@@ -259,8 +262,11 @@ class Backbone(ABC):
         Raises:
             ConfigError: `cond` does not fit the network.
         """
-        rows = self.conditioner(cond, batch, self.device)
-        return {name: row.to(self.dtype) if row.is_floating_point() else row for name, row in rows.items()}
+        owner = (self.conditioner, self.device, self.dtype)
+        if isinstance(cond, Ready) and cond.owner == owner and cond.serves(batch):
+            return cond
+        rows = self.conditioner(cond, batch, self.device).items()
+        return Ready({name: row.to(self.dtype) if row.is_floating_point() else row for name, row in rows}, owner)
 
     def extract(
         self,
@@ -349,6 +355,11 @@ class Backbone(ABC):
         return dry_run(self.codec.module(), lambda module: self.codec.with_module(module).encode(images))[1]
 
     # Inside -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def regions(self) -> dict[str, Region]:
+        """The blocks that compile mode "regional" compiles, by path."""
+        return find_regions(self.network, self.compiler)
 
     def _readable(self, layers: Iterable[str]) -> dict[str, Address]:
         if getattr(self.network, "is_cache_enabled", False):

@@ -39,9 +39,27 @@ class Conditioner(ABC):
         """Frees what is needed only for conditions not seen so far."""
 
 
+class Ready(dict):
+    """A condition that a backbone has checked and brought to its device: looking again would mean waiting for a GPU.
+
+    Args:
+        rows: The tensors by name.
+        owner: What they fit: the backbone's conditioner, device and element type.
+    """
+
+    def __init__(self, rows: Condition, owner: tuple[Conditioner, torch.device, torch.dtype]):
+        super().__init__(rows)
+        self.owner = owner
+
+    def serves(self, batch: int) -> bool:
+        """Tells whether there is one row for all, or one for each sample of a batch."""
+        return all(len(rows) in (1, batch) for rows in self.values())
+
+
 def select_rows(condition: Condition, index: Sequence[int]) -> Condition:
     """Returns the condition of chosen samples; a single row goes on serving all."""
-    return {name: rows if len(rows) == 1 else rows[list(index)] for name, rows in condition.items()}
+    rows = {name: rows if len(rows) == 1 else rows[list(index)] for name, rows in condition.items()}
+    return Ready(rows, condition.owner) if isinstance(condition, Ready) else rows
 
 
 class Unconditional(Conditioner):

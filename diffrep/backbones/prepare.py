@@ -14,6 +14,7 @@ from torch import nn
 from diffrep.backbones import folders
 from diffrep.backbones.codec import Codec, IdentityCodec, Posterior
 from diffrep.backbones.encoders import TargetEncoder, open_encoder
+from diffrep.backbones.fingerprint import hash_of_weights
 from diffrep.backbones.module import ModuleBackbone
 from diffrep.backbones.sources import find
 from diffrep.config import validate
@@ -131,6 +132,11 @@ class PrepareBackbone(ModuleBackbone):
         )
         self.latent_codec, self.target_encoders = codec, dict(encoders)
 
+    @classmethod
+    def of_codec(cls, codec: Codec, moments: bool, device: torch.device, name: str) -> PrepareBackbone:
+        """Returns what gives the latents, or the moments, of a codec that is loaded already, and nothing else."""
+        return cls(codec, {}, moments, False, device, _dtype(codec), name)
+
     @property
     def input_dtype(self) -> torch.dtype:
         """Images stay fp32, whatever the weights are."""
@@ -138,12 +144,21 @@ class PrepareBackbone(ModuleBackbone):
 
     def describe(self) -> dict[str, Any]:
         """Returns plain values that identify codec, encoders and what is done with the images."""
+        autoencoder = self.latent_codec.module()
         return super().describe() | {
             "codec": self.latent_codec.describe(),
+            # Of the autoencoder alone: latents may serve whoever has the same, whatever else is in the store.
+            "codec_weights": None if autoencoder is None else hash_of_weights(autoencoder),
+            "codec_dtype": str(_dtype(self.latent_codec)).removeprefix("torch."),
             "encoders": {name: encoder.describe() for name, encoder in self.target_encoders.items()},
             "moments": self.network.kind == "moments",
             "flip": FLIP in self.network.endings,
         }
+
+
+def _dtype(codec: Codec) -> torch.dtype:
+    weights = () if codec.module() is None else codec.module().parameters()
+    return next((weight.dtype for weight in weights), torch.float32)
 
 
 def open_prepare(

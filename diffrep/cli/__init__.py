@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 
 from diffrep._version import __version__
-from diffrep.errors import DiffrepError
+from diffrep.errors import DiffrepError, Stopped
 
 VERBS = {
     "demo": "the whole path on the bundled network and images, ending in report.html",
@@ -23,6 +23,8 @@ VERBS = {
     "train": "train a diffusion model, with representation alignment (REPA) or without; or a student of a backbone",
     "sample": "make images with a diffusion model: PNG files, the .npz that evaluators read, a grid",
     "report": "write report.html again from a run folder",
+    "store": "list, verify, repair, merge and export feature stores",
+    "slurm": "submit a verb to a SLURM cluster, from where it comes back when it is preempted",
     "ls": "list bundled backbones and data sets",
     "validate": "check a config and print it resolved",
     "env": "versions, devices and threads, for bug reports",
@@ -30,7 +32,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, 2 for an error a user can mend, 130 when interrupted."""
+    """Runs the command and returns its exit status: 0, 2 a mistake to mend, 130 interrupted, 143 stopped."""
     parser = argparse.ArgumentParser(
         prog="diffrep",
         description="Read representations out of frozen diffusion models.",
@@ -52,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         arguments.words += rest
     try:
         return arguments.run(arguments) or 0
+    except Stopped as error:
+        print(f"diffrep {arguments.verb}: {error}", file=sys.stderr)
+        return 143  # what a shell reports of a process that SIGTERM ended
     except DiffrepError as error:
         print(f"diffrep {arguments.verb}: error: {error}", file=sys.stderr)
         return 2

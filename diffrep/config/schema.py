@@ -97,7 +97,7 @@ class BackboneConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"
     channels_last: bool | None = None
-    compile: bool = False
+    compile: bool | Literal["regional", "cudagraphs"] = False
 
 
 class DataConfig(Section):
@@ -119,6 +119,9 @@ class DataConfig(Section):
             None takes "label". Several columns of 0 and 1, as "a,b,c" or a list, are a multi-label set. WebDataset:
             key in the sample's `.json`, None takes `.cls`.
         download: Let torchvision download the set when it is not there.
+        stream: Read the shards of a WebDataset or the files of an HF parquet set one after another, as work reaches
+            them, without listing their samples first; a unit of work is then a shard. Paths with a protocol, such as
+            "s3://bucket/train-{000..999}.tar", are always read so.
     """
 
     main_field: ClassVar[str] = "path"
@@ -133,6 +136,7 @@ class DataConfig(Section):
     image_key: str | None = None
     label_key: str | tuple[str, ...] | None = None
     download: bool = False
+    stream: bool = False
 
     @model_validator(mode="after")
     def _name_for_torchvision(self) -> DataConfig:
@@ -148,12 +152,20 @@ class ExtractConfig(Section):
         backbone: The frozen network.
         data: The images.
         request: What to read.
-        out: Folder of the feature store.
+        out: Folder of the feature store, or where fsspec puts one, such as "s3://bucket/features".
+        latents: Store of the codec's latents of the same images, which then are not decoded and encoded again. It is
+            made first when it is not there, and serves later requests too. None encodes the images.
         cond: A class label, a prompt, or a `.safetensors` file with the network's condition: prompt embeddings (T, C),
             or several tensors by name. None is "no class" or the empty prompt.
-        batch_size: Rows of one forward: images x levels x draws share it.
-        unit_size: Samples of one unit of work, the grain of resuming.
-        workers: Processes that decode images; 0 decodes in the main process.
+        batch_size: Rows of one forward: images x levels x draws share it. "auto" takes the largest that fits and still
+            gains, and halves it when the device runs out of memory; features then differ in the last bits.
+        pad: Fill every forward up to `batch_size` rows, so that all have one shape; compile=cudagraphs needs it.
+        unit_size: Samples of one unit of work, the grain of resuming; of a streamed set a unit is a shard.
+        workers: Processes that decode images (of a streamed set: threads); 0 decodes in the main process.
+        prefetch: Batches that each of them reads ahead.
+        lease: Seconds after which a unit that another process has begun, and makes no progress with, is taken over.
+        monitor: File that the process's counters are written to every few seconds, in the text format of Prometheus;
+            with several processes each has its own, FILE.RANK.
         on_error: "stop" at an unreadable image, or "skip" it and record it in `skipped.jsonl`.
     """
 
@@ -161,8 +173,13 @@ class ExtractConfig(Section):
     data: DataConfig
     request: FeatureRequest
     out: PathText
+    latents: PathText | None = None
     cond: int | PathText | None = None
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt | Literal["auto"] = 64
+    pad: bool = False
     unit_size: PositiveInt = 1000
     workers: Annotated[int, Field(ge=0)] = 0
+    prefetch: PositiveInt = 2
+    lease: Positive = 300.0
+    monitor: PathText | None = None
     on_error: Literal["stop", "skip"] = "stop"

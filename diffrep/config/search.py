@@ -81,6 +81,13 @@ class SearchConfig(ExtractConfig):
         return None if info.data.get("rungs") else value or FIRST
 
     @model_validator(mode="after")
+    def _reads_by_position(self) -> SearchConfig:
+        wrong = {"batch_size=auto": self.batch_size == "auto", "latents": self.latents, "pad": self.pad}
+        for key in (key for key, given in (wrong | {"data.stream": self.data.stream}).items() if given):
+            raise ValueError(f"{key} is set, which is for 'diffrep extract'; a search reads images by position")
+        return self
+
+    @model_validator(mode="after")
     def _rungs_rise(self) -> SearchConfig:
         if self.rungs and any(one >= other for one, other in zip(self.rungs, self.rungs[1:], strict=False)):
             raise ValueError(f"rungs must rise, as each one adds samples to the one before; given: {list(self.rungs)}")

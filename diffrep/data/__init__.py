@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from importlib import resources
 from pathlib import Path
 
 from diffrep.config import DataConfig
 from diffrep.data.arrays import read_hf, read_npz, read_torchvision
-from diffrep.data.folder import EXTENSIONS, read_folder
-from diffrep.data.images import ImageSet, Transform, pick_splits
+from diffrep.data.folder import files_below, read_folder
+from diffrep.data.images import EXTENSIONS, ImageSet, Transform, pick_splits
+from diffrep.data.listing import is_remote
+from diffrep.data.shards import ShardSet, open_shards
 from diffrep.data.table import read_table
 from diffrep.data.tars import read_tars
 from diffrep.data.vtab import read_vtab, vtab_means
@@ -17,17 +18,18 @@ from diffrep.errors import ConfigError, DataError, suggest
 
 BUNDLED = {"fashion-demo": "4,000 training and 1,000 test images of Fashion-MNIST, 28x28, one channel, 10 classes"}
 KEYED = ("hf", "csv", "webdataset")
-__all__ = ["BUNDLED", "ImageSet", "Transform", "open_images", "vtab_means"]
+__all__ = ["BUNDLED", "ImageSet", "ShardSet", "Transform", "open_images", "vtab_means"]
 
 
-def open_images(config: DataConfig, channels: int) -> ImageSet:
-    """Opens a data set.
+def open_images(config: DataConfig, channels: int) -> ImageSet | ShardSet:
+    """Opens a data set; a streamed one, or one behind a URL, is a `ShardSet`, which cannot be indexed.
 
     Args:
         config: What to open and how to bring images to the backbone's input.
         channels: Channels of the backbone's images, 1 or 3; images are converted.
 
     Raises:
+        BackendUnavailable: A package that this kind of data needs is not installed.
         ConfigError: The channel count is neither 1 nor 3, or a key is set that this kind of data has not.
         DataError: Nothing readable is there.
         UnknownNameError: A split, column or set name does not exist.
@@ -37,6 +39,9 @@ def open_images(config: DataConfig, channels: int) -> ImageSet:
             f"the backbone takes images of {channels} channels, and images have 1 or 3; a latent network needs "
             "its codec (a vae/ beside it, or backbone.codec=FOLDER)"
         )
+    transform = Transform(channels, config.size, config.fit)
+    if config.stream or is_remote(config.path):
+        return open_shards(config, transform)
     path, kind = Path(config.path).expanduser(), config.kind
     if config.path in BUNDLED and not path.exists():
         path, kind = Path(str(resources.files(__name__) / "bundled" / f"{config.path}.npz")), "npz"
@@ -61,7 +66,6 @@ def open_images(config: DataConfig, channels: int) -> ImageSet:
     else:
         readers, classes = read_folder(path)
     chosen = pick_splits(list(readers), config.splits)
-    transform = Transform(channels, config.size, config.fit)
     return ImageSet({name: readers[name] for name in chosen}, transform, classes, config.limit)
 
 
@@ -73,7 +77,7 @@ def _guess_kind(path: Path, given: str) -> str:
         raise DataError(f"no data at {given!r}; {suggest(given, list(BUNDLED))} A hub id needs data.kind=hf")
     if (path / "train800.txt").is_file() and (path / "val200.txt").is_file():
         return "vtab"
-    suffixes = {Path(name).suffix.lower() for _, _, names in os.walk(path, followlinks=True) for name in names}
+    suffixes = {Path(name).suffix.lower() for name in files_below(path, EXTENSIONS | {".tar", ".parquet"})}
     if ".parquet" in suffixes:
         return "hf"
     # An archive often lies beside the images that were unpacked from it.

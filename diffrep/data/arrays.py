@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffrep.data.images import pick_splits
+from diffrep.data.images import decode, image_errors, pick_splits
 from diffrep.data.labels import integers, label_columns, label_digest, multi_hot
 from diffrep.errors import BackendUnavailable, DataError, UnknownNameError
+
+# A packed .npz may say that it holds this much, or so many times its size; zeros alone are packed 1,000 times.
+NPZ_BYTES, NPZ_RATIO = 1 << 30, 200
 
 
 class ArrayReader:
@@ -27,7 +31,8 @@ class ArrayReader:
 
     def image(self, index: int) -> Image.Image:
         """Wraps one row."""
-        return Image.fromarray(self.images[index])
+        with image_errors():
+            return Image.fromarray(self.images[index])
 
     def fingerprint(self) -> list[object]:
         """Returns the file's name and size."""
@@ -40,10 +45,7 @@ def read_npz(file: Path) -> tuple[dict[str, ArrayReader], list[str] | None]:
     Raises:
         DataError: The file is missing, damaged, or holds no such arrays.
     """
-    try:
-        arrays = dict(np.load(file, allow_pickle=False))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"cannot read {file}: {error}") from error
+    arrays = _load_npz(file)
     splits = [name.removesuffix("_images") for name in arrays if name.endswith("_images")]
     if not splits:
         raise DataError(f"{file} holds {sorted(arrays)}; expected arrays named like 'train_images', 'train_labels'")
@@ -56,12 +58,28 @@ def read_npz(file: Path) -> tuple[dict[str, ArrayReader], list[str] | None]:
             raise DataError(
                 f"{file}: {split}_images is {images.dtype} {images.shape}; expected uint8 (N, H, W) or (N, H, W, 3)"
             )
-        if labels is not None and len(labels) != len(images):
-            raise DataError(f"{file}: {len(images)} images and {len(labels)} labels in split {split!r}")
+        if labels is not None and labels.shape[:1] != images.shape[:1]:
+            raise DataError(f"{file}: {len(images)} images and {labels.size} labels in split {split!r}")
         if labels is not None:
             labels = integers(labels, f"{file}: the labels of split {split!r}")
         readers[split] = ArrayReader(split, images, labels, source)
-    return readers, [str(c) for c in arrays["classes"]] if "classes" in arrays else None
+    return readers, [str(c) for c in arrays["classes"].flat] if "classes" in arrays else None
+
+
+def _load_npz(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with zipfile.ZipFile(file) as packed:
+            size = sum(member.file_size for member in packed.infolist())
+        if size > max(NPZ_BYTES, NPZ_RATIO * file.stat().st_size):
+            raise DataError(
+                f"{file} would unpack to {size:,} bytes, more than {NPZ_RATIO} times its own; store it with np.savez"
+            )
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: value for name, value in arrays.items() if isinstance(value, np.ndarray)}
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds on damaged files
+        raise DataError(f"cannot read {file}: {error or type(error).__name__}") from error
 
 
 class MapReader:
@@ -73,10 +91,8 @@ class MapReader:
 
     def image(self, index: int) -> Image.Image:
         """Decodes one row."""
-        try:
+        with image_errors():
             return self.get(self.rows, index)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"cannot read the image: {error}") from error
 
     def fingerprint(self) -> list[object]:
         """Returns what identifies the source's files, the number of rows and a digest of the labels."""
@@ -97,8 +113,14 @@ def _first_of_pair(rows: Any, index: int) -> Image.Image:
     return rows[index][0]
 
 
-def _column(rows: Any, index: int, key: str) -> Image.Image:
-    return rows[index][key]
+def _column(rows: Any, index: int, key: str, mode: str | None, follow: bool) -> Image.Image:
+    """Decodes an image as the `datasets` package does, but only from the formats that are read elsewhere too."""
+    found = rows[index][key]
+    if found is None or found["bytes"] is None and not (follow and found["path"]):
+        raise DataError("cannot read the image: the row holds none; paths to other files are not followed")
+    source = Path(found["path"]) if found["bytes"] is None else io.BytesIO(found["bytes"])
+    image = decode(source, upright=True)
+    return image if mode is None or image.mode == mode else image.convert(mode)
 
 
 def read_torchvision(
@@ -181,17 +203,18 @@ def read_hf(
     chosen = pick_splits(list(loaded), splits)
     features = next(iter(loaded.values())).features
     image_key = image_key or next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
-    if image_key not in features:
+    if not isinstance(features.get(image_key), datasets.Image):
         raise DataError(f"{path}: no image column {image_key or ''}; columns: {list(features)}")
     guesses = [k for k, f in features.items() if k == "label" or isinstance(f, datasets.ClassLabel)]
     guesses += [k for k, f in features.items() if isinstance(getattr(f, "feature", None), datasets.ClassLabel)]
     label_key = label_key or (guesses[0] if guesses else None)
     keys = [] if label_key is None else label_columns(label_key, features)
     labels, classes = _hf_labels(path, loaded, keys) if keys else (dict.fromkeys(loaded), None)
-    get = partial(_column, key=image_key)
+    # Sets of image files come as paths, which `datasets` found; those in a parquet file could name any file.
+    get = partial(_column, key=image_key, mode=features[image_key].mode, follow=not files)
     readers = {}
     for split in chosen:
-        rows = loaded[split].select_columns([image_key])
+        rows = loaded[split].select_columns([image_key]).cast_column(image_key, datasets.Image(decode=False))
         readers[split] = MapReader(split, rows, get, labels[split], ["hf", *source, split])
     return readers, classes
 

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffrep.data.images import decode
+from diffrep.data.images import EXTENSIONS, check_text, decode
 from diffrep.data.labels import label_digest
 from diffrep.errors import DataError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
 SPLIT_NAMES = ("train", "val", "valid", "validation", "test")
 
 
@@ -41,13 +40,40 @@ class FileReader:
 
 
 def files_below(root: Path, suffixes: Collection[str]) -> list[str]:
-    """Returns the paths, relative to `root` and sorted, of the files with one of these suffixes at any depth."""
-    return sorted(
-        Path(folder, name).relative_to(root).as_posix()
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in suffixes and not name.startswith(".")
-    )
+    """Returns the paths, relative to `root` and sorted, of the files with one of these suffixes at any depth.
+
+    Links are followed; hidden files, and what is no file (pipes, devices), are passed over.
+
+    Raises:
+        DataError: A folder cannot be listed, a link leads back to a folder it lies in, or a name is not UTF-8.
+    """
+    found: list[str] = []
+    # Of each folder: its path below root, and the real paths of those it lies in and its own.
+    folders = [("", (os.path.realpath(root),))]
+    while folders:
+        inside, above = folders.pop()
+        try:
+            with os.scandir(root / inside) as entries:
+                for entry in entries:
+                    path = f"{inside}/{entry.name}" if inside else entry.name
+                    suffix = os.path.splitext(entry.name)[1].lower()
+                    if entry.is_dir():
+                        folders.append((path, (*above, _real_path(entry, above))))
+                    elif suffix in suffixes and entry.name[0] != "." and entry.is_file():
+                        check_text(path)
+                        found.append(path)
+        except OSError as error:
+            raise DataError(f"cannot list {str(root / inside)!r}: {error}") from error
+    return sorted(found)
+
+
+def _real_path(folder: os.DirEntry[str], above: tuple[str, ...]) -> str:
+    if not folder.is_symlink():
+        return os.path.join(above[-1], folder.name)
+    real = os.path.realpath(folder.path)
+    if real in above:
+        raise DataError(f"the link {folder.path!r} leads back to {real!r}, which it lies in; remove it")
+    return real
 
 
 def read_folder(root: Path) -> tuple[dict[str, FileReader], list[str] | None]:

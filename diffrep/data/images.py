@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from diffrep.errors import ConfigError, DataError, UnknownNameError
+
+# What is decoded, whatever a file's name says. PIL knows fifty more, of which EPS starts another program.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm"),
+    "TIFF": (".tif", ".tiff"),
+}
+EXTENSIONS = frozenset(extension for extensions in FORMATS.values() for extension in extensions)
+# A quarter of a GiB in RGB, from where PIL begins to warn of decompression bombs.
+MAX_PIXELS = (1 << 28) // 3
+# The longest side of a JPEG or GIF. Damaged headers of other formats name millions, which take minutes.
+MAX_SIDE = 65_535
 
 
 @dataclass(frozen=True)
@@ -34,19 +51,21 @@ class Transform:
         """Transforms one image.
 
         Raises:
-            DataError: The image's range is not known (32-bit integers and floats), or it is too large to pad.
+            DataError: The image's range is not known (32-bit integers and floats), it is too large to pad or too long
+                to crop, or its colours cannot be converted.
         """
         if image.mode.startswith("I;16"):
             # PIL would clip 16-bit values at 255.
             image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
         if image.mode in ("I", "F"):
             raise DataError(f"images of mode {image.mode!r} have no known range; convert them to 8 or 16 bits")
-        image = image.convert({1: "L", 3: "RGB"}[self.channels])
-        if self.size is not None and image.size != (self.size, self.size):
-            image = getattr(self, f"_{self.fit}")(image)
-        array = np.asarray(image)
-        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-        return torch.from_numpy(array.astype(np.float32) / 255)
+        with image_errors():
+            image = image.convert({1: "L", 3: "RGB"}[self.channels])
+            if self.size is not None and image.size != (self.size, self.size):
+                image = getattr(self, f"_{self.fit}")(image)
+            array = np.asarray(image)
+            array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+            return torch.from_numpy(array.astype(np.float32) / 255)
 
     def _resize(self, image: Image.Image) -> Image.Image:
         return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
@@ -54,6 +73,10 @@ class Transform:
     def _crop(self, image: Image.Image) -> Image.Image:
         scale = self.size / min(image.size)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
+        if width * height > MAX_PIXELS:
+            # A strip of one pixel times 65,535 would grow to gigabytes before it is cropped.
+            given = "x".join(map(str, image.size))
+            raise DataError(f"fit 'crop' would enlarge {given} to {width}x{height} pixels; leave the image out")
         left, top = (width - self.size) // 2, (height - self.size) // 2
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         return image.crop((left, top, left + self.size, top + self.size))
@@ -83,20 +106,54 @@ class Reader(Protocol):
         """Names and sizes that change when the files do."""
 
 
-def decode(source: Path | BinaryIO) -> Image.Image:
-    """Reads an image file.
+@contextmanager
+def image_errors() -> Iterator[None]:
+    """Turns whatever PIL raises into a DataError.
 
-    Raises:
-        DataError: It cannot be decoded.
+    On damaged files its plugins raise about any kind: struct.error, IndexError, KeyError, OverflowError, MemoryError.
     """
     try:
-        image = Image.open(source)
-        image.load()
-        return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
         # PIL names an open file by its address, which says nothing and differs from run to run.
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"cannot read the image: {reason}") from error
+        raise DataError(f"cannot read the image: {reason or type(error).__name__}") from error
+
+
+def decode(source: Path | BinaryIO, upright: bool = False) -> Image.Image:
+    """Reads an image file, the first frame where there are several.
+
+    Args:
+        source: The file.
+        upright: Turn the image as its EXIF orientation says.
+
+    Raises:
+        DataError: It is damaged, cut off, in none of `FORMATS`, or larger than `MAX_PIXELS` or `MAX_SIDE`.
+    """
+    with image_errors():
+        image = Image.open(source, formats=list(FORMATS))
+        width, height = image.size
+        if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
+            limits = f"{MAX_PIXELS:,} pixels and sides of {MAX_SIDE:,}"
+            raise DataError(f"cannot read the image: its size is {width}x{height}; at most {limits} are decoded")
+        image.load()
+        if upright and image.getexif().get(ExifTags.Base.Orientation) is not None:
+            image = ImageOps.exif_transpose(image)
+        return image
+
+
+def check_text(name: str) -> None:
+    """Checks that a file's name can be part of an id.
+
+    Raises:
+        DataError: It is not UTF-8.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the name {name!r} is not UTF-8, and ids are; rename it") from None
 
 
 class RowsReader:

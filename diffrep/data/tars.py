@@ -9,20 +9,27 @@ import os
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from diffrep.data.folder import EXTENSIONS, SPLIT_NAMES, files_below
-from diffrep.data.images import decode
+from diffrep.data.folder import SPLIT_NAMES, files_below
+from diffrep.data.images import EXTENSIONS, check_text, decode
 from diffrep.data.labels import label_digest, number_labels
 from diffrep.errors import DataError
 
 # Where each part of a sample lies in its shard: extension -> (offset, bytes).
 Parts = dict[str, tuple[int, int]]
 BRACE = re.compile(r"\{([^{}]*)\}")
+# An uncompressed image of images.MAX_PIXELS with four channels of 16 bits is smaller.
+MAX_IMAGE = 1 << 30
+# Labels, captions and embeddings of one sample; long names, of which tar makes members of its own.
+MAX_TEXT = 1 << 24
+EXTENSION_TYPES = frozenset({tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *tarfile.GNU_TYPES})
+EXTENSION_TYPES -= {tarfile.GNUTYPE_SPARSE}
 
 
 class TarReader:
@@ -45,6 +52,8 @@ class TarReader:
     def image(self, index: int) -> Image.Image:
         """Reads one image out of its shard."""
         shard, offset, size = (int(value) for value in self.places[index])
+        if size > MAX_IMAGE:
+            raise DataError(f"cannot read the image: {size:,} bytes, and at most {MAX_IMAGE:,} are decoded")
         try:
             # pread moves no shared file position, so threads and forked workers do not disturb each other. The name
             # keeps the file open while another thread turns to the next shard.
@@ -92,7 +101,7 @@ def read_tars(
         DataError: A shard is missing or damaged, or a sample has no image, no label, or a part twice.
     """
     root, names = _find_shards(given)
-    splits = _find_splits(names)
+    splits = find_splits(names)
     found = {name: _index(root / name, image_key, label_key) for name in names}
     keys = Counter(itertools.chain.from_iterable(samples for samples, _, _ in found.values()))
     if not keys:
@@ -123,7 +132,7 @@ def _find_shards(given: str) -> tuple[Path, list[str]]:
         if not names:
             raise DataError(f"no .tar file in {given!r} at any depth")
         return path, names
-    files = _expand(str(path))
+    files = expand(str(path))
     for file in files:
         if not Path(file).is_file():
             raise DataError(f"there is no shard {file!r}; data.path is a folder, a .tar or 'name-{{000..011}}.tar'")
@@ -131,7 +140,7 @@ def _find_shards(given: str) -> tuple[Path, list[str]]:
     return Path(root), [Path(os.path.abspath(file)).relative_to(root).as_posix() for file in files]
 
 
-def _expand(pattern: str) -> list[str]:
+def expand(pattern: str) -> list[str]:
     """Expands the braces of a shell: "{000..011}" and "{a,b}"."""
     brace = BRACE.search(pattern)
     if brace is None:
@@ -144,10 +153,15 @@ def _expand(pattern: str) -> list[str]:
         choices = brace[1].split(",")
     if not choices or len(choices) == 1 and not numbers:
         raise DataError(f"cannot expand '{brace[0]}' in {pattern!r}; write {{000..011}} or {{a,b}}")
-    return [pattern[: brace.start()] + choice + rest for choice in choices for rest in _expand(pattern[brace.end() :])]
+    return [pattern[: brace.start()] + choice + rest for choice in choices for rest in expand(pattern[brace.end() :])]
 
 
-def _find_splits(names: list[str]) -> dict[str, list[str]]:
+def find_splits(names: list[str]) -> dict[str, list[str]]:
+    """Sorts shards into the splits that their names tell, or into one, "all".
+
+    Raises:
+        DataError: Some tell one, and others none.
+    """
     of = {name: _split_of(name) for name in names}
     splits = {split: [name for name in names if of[name] == split] for split in SPLIT_NAMES if split in of.values()}
     without = [name for name in names if of[name] is None]
@@ -176,38 +190,99 @@ def _index(
     with open(shard, "rb") as file:
         for key, parts in samples.items():
             where = f"sample {key!r} of {shard}"
-            places.append(parts[_find_image(parts, image_key, where)])
-            labels.append(_read_label(file, parts, label_key, where))
+            places.append(parts[find_image(parts, image_key, where)])
+            part = label_part(parts, label_key, where)
+            content = None if part is None else _read_text(file, *parts[part], where)
+            labels.append(None if content is None else read_label(content, label_key, where))
     return list(samples), places, labels
+
+
+def _read_text(file: BinaryIO, offset: int, size: int, where: str) -> bytes:
+    if size > MAX_TEXT:
+        raise DataError(f"{where}: its label lies in a part of {size:,} bytes, and at most {MAX_TEXT:,} are read")
+    file.seek(offset)
+    return file.read(size)
+
+
+class Header(tarfile.TarInfo):
+    """The header of a member of an untrusted tar file; `whole` of the TarFile becomes True at its proper end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Header:
+        """Reads a header.
+
+        Raises:
+            tarfile.ReadError: A size is negative, or that of a header's extension, which tarfile holds in memory.
+        """
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or header.type in EXTENSION_TYPES and header.size > MAX_TEXT:
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Header:
+        """Reads the next header."""
+        try:
+            header = super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            # To tarfile a damaged header is an end too.
+            tar.whole = True
+            raise
+        if header.size < 0:  # by an extension
+            raise tarfile.ReadError(f"a member of {header.size} bytes")
+        return header
+
+
+def part_name(member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """Returns a member's key and extension, and None for what is no part of a sample: folders, links, devices.
+
+    Raises:
+        DataError: The name is absolute, has "..", or is not UTF-8; or the member has holes.
+    """
+    if not member.isreg():
+        return None
+    name = member.name.removeprefix("./")
+    if name.startswith("/") or ".." in name.split("/"):
+        raise DataError(f"the member {member.name!r} has a name that points outside; pack the shard anew")
+    check_text(name)
+    folder, _, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    # Names in double underscores belong to the format, such as "__worker__".
+    if not (stem and extension) or stem.startswith("__"):
+        return None
+    if member.issparse():
+        raise DataError(f"the member {member.name!r} is a sparse file, which is not read; pack the shard anew")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
 def _list_samples(shard: Path) -> dict[str, Parts]:
     samples: dict[str, Parts] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                folder, _, file = member.name.removeprefix("./").rpartition("/")
-                stem, _, extension = file.partition(".")
-                # Names in double underscores belong to the format, such as "__worker__".
-                if not (member.isfile() and stem and extension) or stem.startswith("__"):
+        with tarfile.open(shard, "r:", tarinfo=Header) as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # which nobody needs again
+                found = part_name(member)
+                if found is None:
                     continue
-                key = f"{folder}/{stem}" if folder else stem
+                key, extension = found
                 parts = samples.setdefault(key, {})
-                if extension.lower() in parts:
+                if extension in parts:
                     raise DataError(f"sample {key!r} of {shard} has two parts .{extension}; keys must be unique")
-                parts[extension.lower()] = (member.offset_data, member.size)
-            end = tar.offset
-    except (OSError, tarfile.TarError, EOFError) as error:
+                parts[extension] = (member.offset_data, member.size)
+            whole = getattr(tar, "whole", False)
+    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
         raise DataError(f"the shard {shard} cannot be read: {error}") from error
-    with open(shard, "rb") as file:
-        file.seek(end)
-        # tarfile takes a damaged header for the end; the real end is a block of zeros.
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise DataError(f"the shard {shard} is cut off or damaged after {len(samples)} samples; fetch it again")
+    if not whole:
+        raise DataError(f"the shard {shard} is cut off or damaged after {len(samples)} samples; fetch it again")
     return samples
 
 
-def _find_image(parts: Parts, image_key: str | None, where: str) -> str:
+def find_image(parts: Collection[str], image_key: str | None, where: str) -> str:
+    """Returns which part of a sample is its image.
+
+    Raises:
+        DataError: None is, or several are.
+    """
     if image_key is not None:
         found = [image_key.lower().lstrip(".")] if image_key.lower().lstrip(".") in parts else []
     else:
@@ -220,26 +295,38 @@ def _find_image(parts: Parts, image_key: str | None, where: str) -> str:
     return found[0]
 
 
-def _read_label(file: BinaryIO, parts: Parts, label_key: str | None, where: str) -> Any:
-    part = "cls" if label_key is None else "json"
-    if part not in parts:
-        if label_key is not None:
-            raise DataError(f"{where} has no .json; data.label_key={label_key} looks there")
-        return None
-    offset, size = parts[part]
-    file.seek(offset)
-    content = file.read(size)
+def label_part(parts: Collection[str], label_key: str | None, where: str) -> str | None:
+    """Returns which part of a sample holds its label, None without one.
+
+    Raises:
+        DataError: A key is looked for, and there is no `.json`.
+    """
+    if label_key is None:
+        return "cls" if "cls" in parts else None
+    if "json" not in parts:
+        raise DataError(f"{where} has no .json; data.label_key={label_key} looks there")
+    return "json"
+
+
+def read_label(content: bytes, label_key: str | None, where: str) -> Any:
+    """Reads a label out of the content of `.cls`, or by its key out of that of `.json`.
+
+    Raises:
+        DataError: It is not there, or not what it should be.
+    """
     try:
-        if label_key is None:
-            return int(content)
-        found = json.loads(content)
-    except ValueError:
-        wanted = "integer" if label_key is None else "JSON"
-        raise DataError(f"{where}: .{part} holds {content[:40]!r}, no {wanted}") from None
-    if not isinstance(found, dict) or label_key not in found:
-        holds = f"the keys {list(found)}" if isinstance(found, dict) else type(found).__name__
-        raise DataError(f"{where}: its .json has no {label_key!r}; it holds {holds}")
-    return found[label_key]
+        label = found = int(content) if label_key is None else json.loads(content)
+    except (ValueError, RecursionError):
+        what = ".cls holds {!r}, no integer" if label_key is None else ".json holds {!r}, no JSON"
+        raise DataError(f"{where}: {what.format(content[:40])}") from None
+    if label_key is not None:
+        if not isinstance(found, dict) or label_key not in found:
+            holds = f"the keys {list(found)}" if isinstance(found, dict) else type(found).__name__
+            raise DataError(f"{where}: its .json has no {label_key!r}; it holds {holds}")
+        label = found[label_key]
+    if any(isinstance(value, int) and abs(value) >= 1 << 63 for value in (label if type(label) is list else [label])):
+        raise DataError(f"{where}: a label of more than 64 bits")
+    return label
 
 
 def _number(

@@ -11,7 +11,7 @@ from diffrep.errors import ConfigError
 from diffrep.noise import image_digest
 
 if TYPE_CHECKING:
-    from diffrep.backbones import Backbone
+    from diffrep.backbones import Backbone, Posterior
 
 
 def check_batch(
@@ -21,8 +21,9 @@ def check_batch(
     ids: list[str] | None,
     noise: torch.Tensor | None,
     posterior_noise: torch.Tensor | None,
+    posterior: Posterior | None = None,
 ) -> tuple[list[str], tuple[int, int]]:
-    """Checks images, ids and noise against each other and the request; arguments as for `extract`.
+    """Checks images, ids and noise against each other and the request; arguments as for `Extractor`.
 
     Returns:
         The id of each image, and (height, width) of the images in pixels.
@@ -36,20 +37,23 @@ def check_batch(
             "posterior_noise was given and would not be used; it needs posterior='sample', a VAE and images"
         )
     if generated:
-        return _check_generation(backbone, request, images, ids, noise)
-    if images is None:
+        return _check_generation(backbone, request, images, posterior, ids, noise)
+    if posterior is not None:
+        count, size = _check_posterior(backbone, request, images, posterior, ids)
+    elif images is None:
         raise ConfigError(f"images is None, which goes with noise='generation', and noise is {request.noise!r}")
-    _check_images(backbone, images)
-    if ids is not None and len(ids) != len(images):
-        raise ConfigError(f"{len(ids)} ids for {len(images)} images")
+    else:
+        _check_images(backbone, images)
+        count, size = len(images), tuple(images.shape[-2:])
+    if ids is not None and len(ids) != count:
+        raise ConfigError(f"{len(ids)} ids for {count} images")
     if noise is not None and request.noise != "gaussian":
         raise ConfigError(f"noise was given and the request says noise={request.noise!r}")
     if noise is not None and not any(backbone.schedule.level(spec).noise for spec in request.levels):
         raise ConfigError("noise was given and every level of the request is clean")
-    size = tuple(images.shape[-2:])
     for name, given in (("noise", noise), ("posterior_noise", posterior_noise)):
         if given is not None:
-            expected = (len(images), request.draws, backbone.in_channels, *backbone.codec.latent_size(*size))
+            expected = (count, request.draws, backbone.in_channels, *backbone.codec.latent_size(*size))
             if tuple(given.shape) != expected:
                 raise ConfigError(f"{name} must be (B, draws, C, h, w) = {expected}, got {tuple(given.shape)}")
     return ids or [image_digest(image) for image in images], size
@@ -65,14 +69,36 @@ def _check_images(backbone: Backbone, images: torch.Tensor) -> None:
         raise ConfigError(f"images must lie in [0, 1], got {images.min():.3g} to {images.max():.3g}")
 
 
+def _check_posterior(
+    backbone: Backbone,
+    request: FeatureRequest,
+    images: torch.Tensor | None,
+    posterior: Posterior,
+    ids: list[str] | None,
+) -> tuple[int, tuple[int, int]]:
+    if images is not None:
+        raise ConfigError("images and their posterior were given; give one of them")
+    if ids is None:
+        raise ConfigError("a posterior needs ids: without the images there are no pixels to take them from")
+    mean, std = posterior.mean, posterior.std
+    if mean.ndim != 4 or mean.shape[1] != backbone.in_channels or (std is not None and std.shape != mean.shape):
+        shapes = f"{tuple(mean.shape)} and {None if std is None else tuple(std.shape)}"
+        raise ConfigError(f"a posterior's mean and std are (B, {backbone.in_channels}, h, w), got {shapes}")
+    if std is None and request.posterior == "sample" and backbone.codec.random:
+        raise ConfigError("posterior='sample' needs the std of the posterior, and its mean alone was given")
+    height, width = (side * backbone.codec.downscale for side in mean.shape[-2:])
+    return len(mean), (height, width)
+
+
 def _check_generation(
     backbone: Backbone,
     request: FeatureRequest,
     images: torch.Tensor | None,
+    posterior: Posterior | None,
     ids: list[str] | None,
     noise: torch.Tensor | None,
 ) -> tuple[list[str], tuple[int, int]]:
-    if images is not None:
+    if images is not None or posterior is not None:
         raise ConfigError("noise='generation' makes its own images; give None for images, and ids or noise")
     if not ids and noise is None:
         raise ConfigError("noise='generation' makes an image for each id; give ids, or noise to start from")

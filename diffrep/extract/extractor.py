@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffrep.backbones.codec import Posterior
 from diffrep.backbones.conditioning import select_rows
 from diffrep.config import FeatureRequest
 from diffrep.errors import ConfigError, DiffrepError
 from diffrep.extract.batch import check_batch
 from diffrep.extract.features import Features
+from diffrep.extract.memory import Batching
 from diffrep.extract.plan import Leg, Plan, make_plan
 from diffrep.extract.pooling import pooled
 from diffrep.extract.trajectory import Guidance, walk
+from diffrep.extract.transfer import Collected, sent
 from diffrep.noise import Level, mix, sample_noise
 
 if TYPE_CHECKING:
-    from diffrep.backbones import Backbone, Posterior
+    from diffrep.backbones import Backbone
     from diffrep.backbones.conditioning import Cond, Condition
 
 
@@ -31,18 +34,48 @@ class Extractor:
         request: What is wanted.
         batch_size: Rows of one forward; images, levels and draws share it.
         whole: Run trajectories to their end, whatever level is the last one wanted. Generations always are.
+        pad: Fill every forward, of network and codec, up to `batch_size` rows, so that all have one shape.
+        adaptive: Halve the rows of a forward when the device runs out of memory, with a warning, and go on.
 
     Raises:
         LayerError: A layer does not exist.
-        ConfigError: A level is outside the schedule.
+        ConfigError: A level is outside the schedule, or the backbone records CUDA graphs and `pad` is off.
     """
 
-    def __init__(self, backbone: Backbone, request: FeatureRequest, batch_size: int = 64, whole: bool = False):
+    def __init__(
+        self,
+        backbone: Backbone,
+        request: FeatureRequest,
+        batch_size: int = 64,
+        whole: bool = False,
+        pad: bool = False,
+        adaptive: bool = False,
+    ):
+        if backbone.compile_mode == "cudagraphs" and not pad:
+            raise ConfigError("compile=cudagraphs replays forwards of one shape, so it needs pad=true")
         self.backbone = backbone
         self.request = request
-        self.batch_size = batch_size
         self.whole = whole
+        self.pad, self.adaptive = pad, adaptive
+        self._forwards = Batching(batch_size, adaptive, pad, "forward")
+        # An encoder needs more memory than the network; where it has to do with less, the network need not.
+        self._encodings = Batching(batch_size, adaptive, pad, "encoding")
         self._plans: dict[tuple[Any, ...], Plan] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of one forward, as they are now."""
+        return self._forwards.rows
+
+    @batch_size.setter
+    def batch_size(self, rows: int) -> None:
+        self._forwards.rows = self._encodings.rows = rows
+
+    def with_batch_size(self, rows: int) -> Extractor:
+        """Returns an extractor of the same, with the plans of this one, that keeps to a number of rows."""
+        twin = Extractor(self.backbone, self.request, rows, self.whole, self.pad)
+        twin._plans = self._plans  # to plan takes longer than to run a small network
+        return twin
 
     def plan(
         self, height: int, width: int, condition: Condition | None = None, uncond: Condition | None = None
@@ -63,35 +96,63 @@ class Extractor:
         noise: torch.Tensor | None = None,
         posterior_noise: torch.Tensor | None = None,
         uncond: Cond = None,
+        posterior: Posterior | None = None,
     ) -> Features:
-        """Reads a batch; arguments as for `extract`."""
-        ids, size = check_batch(self.backbone, self.request, images, ids, noise, posterior_noise)
+        """Reads a batch; arguments as for `extract`, and `posterior` in place of images, as `encode` gives it."""
+        ids, size = check_batch(self.backbone, self.request, images, ids, noise, posterior_noise, posterior)
         condition = self.backbone.condition(cond, len(ids))
         guidance = self._guidance(cond, uncond, len(ids))
         plan = self.plan(*size, condition, None if guidance is None else guidance.null)
-        if images is None:
-            posterior, latent = None, tuple(side // self.backbone.codec.downscale for side in size)
-        else:
-            posterior = self._encode(images)
-            latent = tuple(posterior.mean.shape[-2:])
+        if images is not None:
+            posterior = self.encode(images)
+        elif posterior is not None:
+            posterior = self._on_device(posterior)
+        downscale = self.backbone.codec.downscale
+        latent = tuple(side // downscale for side in size) if posterior is None else posterior.mean.shape[-2:]
         shape = (self.backbone.in_channels, *latent)
         given = {"noise": noise, "posterior": posterior_noise}
-        batch = _Batch(self.request.seed, ids, shape, posterior, given, condition, guidance)
-        features = {
-            name: torch.empty((len(plan.draws), len(ids), *one), dtype=getattr(torch, self.request.dtype))
-            for name, one in plan.shapes.items()
-        }
-        ends = {}
-        if plan.legs:
-            ends = {leg.trajectory.name: self._read_leg(plan, leg, batch, features) for leg in plan.legs}
-        else:
-            self._read_levels(plan, batch, features)
+        batch = _Batch(self.request.seed, ids, shape, posterior, given, condition, guidance, self.backbone.device)
+        found = Collected(plan, len(ids), self.backbone.device)
+        parts = [self._read_leg(plan, leg, batch, found) for leg in plan.legs]
+        if not plan.legs:
+            self._read_levels(plan, batch, found)
+        features = found.features()
         tensors = {
             (name, key): features[name][index] for name in plan.addresses for index, key in enumerate(plan.draws)
         }
         _check_finite(tensors, ids, self.request.dtype)
-        ends = {name: end for name, end in ends.items() if end is not None}
+        ends = {
+            leg.trajectory.name: self._end(leg, part, batch)
+            for leg, part in zip(plan.legs, parts, strict=True)
+            if part
+        }
         return Features(tensors, ids, plan.levels, plan.aliases, ends)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> Posterior:
+        """Returns the codec's posterior of images (B, image_channels, H, W) in [0, 1], on the device in fp32.
+
+        Its std is left out where the request takes the mode.
+
+        Raises:
+            OutOfMemory: The device has no memory for it.
+        """
+        parts: list[Posterior] = []
+
+        def work(part: range) -> None:
+            some = sent(images[part.start : part.stop], self.backbone.device)
+            found = self.backbone.codec.encode(self._encodings.filled(some))
+            std = None if found.std is None else found.std[: len(some)]
+            parts.append(self._on_device(Posterior(found.mean[: len(some)], std)))
+
+        self._encodings.run(max(1, len(images)), 1, work)
+        std = None if parts[0].std is None else torch.cat([part.std for part in parts])
+        return Posterior(torch.cat([part.mean for part in parts]), std)
+
+    def _on_device(self, posterior: Posterior) -> Posterior:
+        sampled = self.request.posterior == "sample" and posterior.std is not None
+        parts = (posterior.mean, posterior.std if sampled else None)
+        return Posterior(*(None if part is None else sent(part, self.backbone.device).float() for part in parts))
 
     def _guidance(self, cond: Cond, uncond: Cond, count: int) -> Guidance | None:
         scale = self.request.guidance
@@ -106,28 +167,22 @@ class Extractor:
         except ConfigError as error:
             raise ConfigError(f"guidance={scale:g} calls the network without a condition too: {error}") from error
 
-    def _encode(self, images: torch.Tensor) -> Posterior:
-        parts = [self.backbone.codec.encode(part.to(self.backbone.device)) for part in images.split(self.batch_size)]
-        mean = torch.cat([part.mean.float() for part in parts])
-        sampled = self.request.posterior == "sample" and parts[0].std is not None
-        std = torch.cat([part.std.float() for part in parts]) if sampled else None
-        return type(parts[0])(mean, std)
-
     # Levels one by one --------------------------------------------------------------------------------------------
 
-    def _read_levels(self, plan: Plan, batch: _Batch, features: dict[str, torch.Tensor]) -> None:
+    def _read_levels(self, plan: Plan, batch: _Batch, found: Collected) -> None:
         levels = list(plan.levels.levels.values())
         by_draws = sorted(range(len(levels)), key=lambda i: plan.draws[levels[i].key])
         for draws, group in groupby(by_draws, key=lambda i: plan.draws[levels[i].key]):
             group = list(group)
             cells = [(image, level) for image in range(len(batch.ids)) for level in group]
-            share = max(1, self.batch_size // draws)
-            for start in range(0, len(cells), share):
-                part = cells[start : start + share]
-                means = self._mean_over_draws(plan, batch, levels, part, draws)
-                image, level = (torch.tensor(index) for index in zip(*part, strict=True))
-                for name, mean in means.items():
-                    features[name][level, image] = mean.to(features[name].dtype).cpu()
+
+            def work(part: range, cells: list[tuple[int, int]] = cells, draws: int = draws) -> None:
+                some = cells[part.start : part.stop]
+                for name, mean in self._mean_over_draws(plan, batch, levels, some, draws).items():
+                    image, level = (torch.tensor(index) for index in zip(*some, strict=True))
+                    found.put(name, (level, image), mean)
+
+            self._forwards.run(len(cells), draws, work)
 
     def _mean_over_draws(
         self, plan: Plan, batch: _Batch, levels: list[Level], cells: list[tuple[int, int]], draws: int
@@ -137,11 +192,11 @@ class Extractor:
         for first in range(0, draws, self.batch_size):
             numbers = range(first, min(first + self.batch_size, draws))
             rows = [(image, levels[level], number) for image, level in cells for number in numbers]
-            x, time = self._inputs(batch, rows)
-            mine = select_rows(batch.condition, [image for image, _, _ in rows])
-            found = self.backbone.capture(x, time, list(plan.addresses), mine, tokens=self.request.tokens)
-            for name, feature in found.items():
-                part = pooled(feature.float(), self.request.pool)
+            x, time = (self._forwards.filled(part) for part in self._inputs(batch, rows))
+            mine, _ = batch.of([image for image, _, _ in rows], len(x))
+            captured = self.backbone.capture(x, time, list(plan.addresses), mine, tokens=self.request.tokens)
+            for name, feature in captured.items():
+                part = pooled(feature[: len(rows)].float(), self.request.pool)
                 if len(numbers) > 1:
                     part = part.view(len(cells), len(numbers), *part.shape[1:]).sum(1)
                 sums[name] = sums[name] + part if name in sums else part
@@ -151,53 +206,58 @@ class Extractor:
         device = self.backbone.device
         seeds = [(image, level.key, number) for image, level, number in rows]
         x = batch.clean(seeds)
-        time = torch.tensor([level.time for _, level, _ in rows], device=device)
+        time = sent(torch.tensor([level.time for _, level, _ in rows]), device)
         if self.request.noise == "gaussian" and any(level.noise for _, level, _ in rows):
-            signal = torch.tensor([level.signal for _, level, _ in rows], device=device)
-            scale = torch.tensor([level.noise for _, level, _ in rows], device=device)
-            x = mix(x, batch.draw("noise", seeds).to(device), signal, scale)
+            signal = sent(torch.tensor([level.signal for _, level, _ in rows]), device)
+            scale = sent(torch.tensor([level.noise for _, level, _ in rows]), device)
+            x = mix(x, sent(batch.draw("noise", seeds), device), signal, scale)
         return x, time
 
     # Trajectories -------------------------------------------------------------------------------------------------
 
-    def _read_leg(self, plan: Plan, leg: Leg, batch: _Batch, features: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """Reads one trajectory of each image; returns its end (B, draws, C, h, w), where it is run so far."""
-        share = max(1, self.batch_size // leg.draws)
-        images = range(len(batch.ids))
-        parts = [images[start : start + share] for start in range(0, len(images), share)]
-        ends = [self._read_part(plan, leg, batch, part, features) for part in parts]
-        if leg.full < leg.trajectory.updates or not ends:
-            return None
+    def _read_leg(self, plan: Plan, leg: Leg, batch: _Batch, found: Collected) -> list[torch.Tensor]:
+        """Reads one trajectory of each image; returns its ends (n, draws, C, h, w), some images after the other."""
+        ends: list[torch.Tensor] = []
+
+        def work(images: range) -> None:
+            end = self._read_part(plan, leg, batch, images, found)
+            if leg.full == leg.trajectory.updates:
+                ends.append(found.outbox.send(end))
+
+        self._forwards.run(len(batch.ids), leg.draws, work)
+        return ends
+
+    def _end(self, leg: Leg, ends: list[torch.Tensor], batch: _Batch) -> torch.Tensor:
         end = torch.cat(ends)
         if not torch.isfinite(end).all():
             raise DiffrepError(f"the {leg.trajectory.name} ends in NaN or infinity; try more steps, or float32")
         last = leg.trajectory.end or leg.trajectory.levels[-1]
         return end if batch.posterior is None else end / self.backbone.schedule.spread(last)
 
-    def _read_part(
-        self, plan: Plan, leg: Leg, batch: _Batch, images: range, features: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """Does so for images whose rows fit into a batch, or for one; averages over draws in fp32."""
+    def _read_part(self, plan: Plan, leg: Leg, batch: _Batch, images: range, found: Collected) -> torch.Tensor:
+        """Does so for images whose rows fit into a batch, or for one, and returns their ends (n, draws, C, h, w).
+
+        Features are averaged over draws in fp32.
+        """
         places = {key: place for place, key in enumerate(plan.draws)}
         sums: dict[tuple[str, str], torch.Tensor] = {}
         ends = []
         for first in range(0, leg.draws, self.batch_size):
             numbers = range(first, min(first + self.batch_size, leg.draws))
             rows = [(image, number) for image in images for number in numbers]
-            mine = batch.of([image for image, _ in rows])
-            x = self._start(leg, batch, rows)
+            x = self._forwards.filled(self._start(leg, batch, rows))
+            mine = batch.of([image for image, _ in rows], len(x))
             for step in walk(self.backbone, leg, x, plan.addresses, *mine, self.request.tokens):
                 for name, feature in step.features.items():
-                    part = pooled(feature.float(), self.request.pool)
+                    part = pooled(feature[: len(rows)].float(), self.request.pool)
                     total = part.view(len(images), len(numbers), *part.shape[1:]).sum(1)
                     total = sums.pop((name, step.level.key), 0) + total
                     if numbers.stop < leg.draws:
                         sums[name, step.level.key] = total
                         continue
-                    target = features[name][places[step.level.key]]
-                    target[images.start : images.stop] = (total / leg.draws).to(target.dtype).cpu()
+                    found.put(name, (places[step.level.key], slice(images.start, images.stop)), total / leg.draws)
                 step.features.clear()
-            ends.append(step.x.view(len(images), len(numbers), *batch.shape).cpu())
+            ends.append(step.x[: len(rows)].view(len(images), len(numbers), *batch.shape))
         return torch.cat(ends, dim=1)
 
     def _start(self, leg: Leg, batch: _Batch, rows: list[tuple[int, int]]) -> torch.Tensor:
@@ -205,7 +265,8 @@ class Extractor:
         seeds = [(image, leg.trajectory.direction, number) for image, number in rows]
         if batch.posterior is not None:
             return batch.clean(seeds)
-        return self.backbone.schedule.spread(leg.trajectory.levels[0]) * batch.draw("noise", seeds)
+        noise = sent(batch.draw("noise", seeds), self.backbone.device)
+        return self.backbone.schedule.spread(leg.trajectory.levels[0]) * noise
 
 
 def extract(
@@ -242,8 +303,10 @@ def extract(
         ConfigError: An argument has the wrong shape or range.
         LayerError: A layer does not exist or did not run.
         DiffrepError: A feature is not finite.
+        OutOfMemory: The device has no memory for a batch of this size.
     """
-    return Extractor(backbone, request, batch_size, whole)(images, ids, cond, noise, posterior_noise, uncond)
+    extractor = Extractor(backbone, request, batch_size, whole, pad=backbone.compile_mode == "cudagraphs")
+    return extractor(images, ids, cond, noise, posterior_noise, uncond)
 
 
 # What noise is drawn for: an image's place in its batch, the key of its level or the direction of its trajectory, and
@@ -263,6 +326,7 @@ class _Batch:
         given: Noise by purpose, (B, draws, C, h, w), or None.
         condition: One row for all or one for each sample.
         guidance: Likewise.
+        device: Where the network is.
     """
 
     seed: int
@@ -272,6 +336,7 @@ class _Batch:
     given: dict[str, torch.Tensor | None]
     condition: Condition
     guidance: Guidance | None
+    device: torch.device
 
     def draw(self, purpose: str, seeds: list[Seed]) -> torch.Tensor:
         given = self.given[purpose]
@@ -286,10 +351,14 @@ class _Batch:
 
     def clean(self, seeds: list[Seed]) -> torch.Tensor:
         mean, std = self.posterior.mean, self.posterior.std
-        index = torch.tensor([image for image, _, _ in seeds], device=mean.device)
-        return mean[index] if std is None else mean[index] + std[index] * self.draw("posterior", seeds).to(mean.device)
+        index = sent(torch.tensor([image for image, _, _ in seeds]), self.device)
+        if std is None:
+            return mean[index]
+        return mean[index] + std[index] * sent(self.draw("posterior", seeds), self.device)
 
-    def of(self, index: list[int]) -> tuple[Condition, Guidance | None]:
+    def of(self, index: list[int], rows: int) -> tuple[Condition, Guidance | None]:
+        """Returns condition and guidance of some samples, the last one repeated up to a number of rows."""
+        index = index + index[-1:] * (rows - len(index))
         guidance = self.guidance
         if guidance is not None:
             guidance = Guidance(guidance.scale, select_rows(guidance.null, index))

@@ -215,11 +215,11 @@ def make_plan(
 
 def scaled(number: float) -> str:
     """Writes a number with three digits and a unit prefix: 1.23 G."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
         if abs(number) < 1000:
             return f"{number:.3g} {prefix}"
         number /= 1000
-    return f"{number:.3g} E"
+    return f"{number:.3g} Z"
 
 
 def _check(request: FeatureRequest, whole: bool) -> None:

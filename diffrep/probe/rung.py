@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from diffrep.config import ExtractConfig, FeatureRequest, to_yaml
 from diffrep.data import ImageSet
 from diffrep.extract import Extractor
 from diffrep.extract.job import ExtractJob
+from diffrep.extract.unit import UnitFeatures
 from diffrep.probe.race import Cell
 from diffrep.store import FeatureStore, StoreWriter
 from diffrep.store.layout import write_whole
@@ -66,20 +66,26 @@ def extract_together(
         main_process_only=True,
         leave=False,
     )
-    batches = jobs[0].batches(mine)
-    for unit in mine:
-        held = list(islice(batches, -(-len(unit.rows) // config.batch_size)))
-        for job, writer, numbers in zip(jobs, writers, missing, strict=True):
-            if unit.number in numbers:
-                job.extract_unit(writer, unit, iter(held), bar, state.num_processes)
+    filling: list[UnitFeatures] = []
+    for unit, batch in jobs[0].feed()(mine):
+        wanted = [place for place, numbers in enumerate(missing) if unit.number in numbers]
+        filling = filling or [UnitFeatures(unit, len(unit.rows)) for _ in wanted]
+        if batch is None:
+            for place, features in zip(wanted, filling, strict=True):
+                features.write(writers[place])
+            filling = []
+            continue
+        for place, features in zip(wanted, filling, strict=True):
+            features.add(batch, jobs[place].read(batch))
         encoded.clear()
+        bar.update(batch.samples * len(wanted) * state.num_processes)
     bar.close()
     state.wait_for_everyone()
     if state.is_main_process:
         for writer in writers:
             writer.finish()
     state.wait_for_everyone()
-    return [FeatureStore(writer.path) for writer in writers]
+    return [FeatureStore(writer.place.target) for writer in writers]
 
 
 class _SharedEncoding(Extractor):

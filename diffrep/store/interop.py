@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from diffrep.store.reader import FeatureStore
 
+# Samples that are read at once.
+CHUNK = 256
+
 
 def to_dataset(store: FeatureStore, names: list[str], rows: np.ndarray) -> datasets.Dataset:
     """Returns some tensors ("layer@level") and rows of a store; see `FeatureStore.to_dataset`.
@@ -35,7 +38,7 @@ def to_dataset(store: FeatureStore, names: list[str], rows: np.ndarray) -> datas
         several = store.labels.ndim == 2
         columns["label"] = datasets.List(number, length=-1 if named else store.labels.shape[1]) if several else number
     for name in names:
-        columns[name] = _column(datasets, store._tensor(0, name)[0])
+        columns[name] = _column(datasets, store._files.take(name, np.arange(1))[0])
     # The library caches by its arguments, and the store's state holds each unit's checksum. It would take a list for
     # shards and call the generator for each entry; a tuple it leaves alone.
     arguments = {"store": store, "names": tuple(names), "rows": rows}
@@ -55,13 +58,13 @@ def _column(datasets: Any, feature: torch.Tensor) -> Any:
 
 
 def _samples(store: FeatureStore, names: tuple[str, ...], rows: np.ndarray) -> Iterator[dict[str, Any]]:
-    for row in rows.tolist():
-        unit, place = store._locate(row)
-        sample: dict[str, Any] = {"id": store.ids[row]}
-        if store.labels is not None:
-            label = store.labels[row]
+    for start in range(0, len(rows), CHUNK):
+        some = rows[start : start + CHUNK]
+        columns: dict[str, Any] = {"id": store.ids_of(some)}
+        labels = store.labels_of(some)
+        if labels is not None:
             # Names go with class numbers: those of the ones in a 0/1 row.
-            sample["label"] = (np.flatnonzero(label) if label.ndim and store.classes else label).tolist()
-        for name in names:
-            sample[name] = for_numpy(store._tensor(unit, name)[place]).numpy()
-        yield sample
+            by_name = labels.ndim == 2 and store.classes is not None
+            columns["label"] = [np.flatnonzero(one).tolist() for one in labels] if by_name else labels.tolist()
+        columns |= {name: for_numpy(store._files.take(name, some)).numpy() for name in names}
+        yield from (dict(zip(columns, sample, strict=True)) for sample in zip(*columns.values(), strict=True))

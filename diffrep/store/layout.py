@@ -1,11 +1,26 @@
 """The files of a feature store and what stands in them.
 
-    store/meta.json  index.json  units/0000/0000123.safetensors  units/0000/0000123.json      (1,000 units a folder)
+    store/meta.json  index.json  skipped.jsonl
+    store/units/0000/0000123.safetensors  0000123.json  index.json      (1,000 units a folder)
+    store/claims/0000123                                                (while processes are at work)
 
-A unit is a fixed range of samples of one split. It holds a tensor "{layer}@{level}" (n, ...) for each pair, `row`
-(int64, the sample's place in the data set) and, for labelled data, `label` (int64); its JSON holds the ids, the
-samples that were skipped, and the SHA-256 of the tensors' file. meta.json says what the features are; index.json
-is written when all units are there.
+A unit is a fixed range of samples of one split, or the samples of one input shard. Its tensors' file holds a tensor
+"{layer}@{level}" (n, ...) for each pair, `row` (int64, the sample's place in the data set or the shard) and, for
+labelled data, `label` (int64); the "ids" of its header is a checksum of the names in the JSON. The JSON makes the unit
+count; it holds
+
+    {"unit", "split", "samples", "bytes", "checksum": "xxh3-128:<hex>" of the tensors' file, "skipped": [{"id",
+     "reason"}], "ids": [...]}
+
+When all units of a folder are there, its index.json holds their columns, so that nobody need list or open them:
+
+    {"units": [first, last + 1], "split": [...], "samples": [...], "bytes": [...], "checksum": [...],
+     "skipped": [count, ...]}
+
+meta.json says what the features are. The store's index.json is written when all units are there:
+
+    {"format": 2, "meta": checksum of meta.json, "samples", "units", "skipped", "bytes", "folders": [{"folder",
+     "units", "samples", "bytes", "checksum" of its index.json}]}
 """
 
 from __future__ import annotations
@@ -13,17 +28,29 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, overload
+
+import xxhash
 
 from diffrep.errors import StoreError
 
 # Goes up when a change makes the same request give other numbers; old stores then refuse to be extended.
 NUMERICS = 1
-META, INDEX = "meta.json", "index.json"
+# Of the files, not of the numbers in them.
+FORMAT = 2
+META, INDEX, SKIPPED = "meta.json", "index.json", "skipped.jsonl"
+UNITS, CLAIMS = "units", "claims"
+PER_FOLDER = 1000
+# More are a mistake, or a store that was made to fill the memory of whoever opens it.
+MOST_UNITS = 10**9
+CHECKSUM = "xxh3-128:"
+# In place of a number of samples: each input shard is a unit.
+SHARD = "shard"
 
 
 @dataclass(frozen=True)
@@ -41,24 +68,135 @@ class Unit:
     rows: range
 
 
-def list_units(splits: dict[str, range], unit_size: int) -> list[Unit]:
+class Units(Sequence[Unit]):
+    """The units of splits, in order; each is made when it is asked for, so that a million cost nothing.
+
+    Args:
+        splits: The range of each split.
+        unit_size: Samples of a unit; the last one of a split may have fewer.
+    """
+
+    def __init__(self, splits: dict[str, range], unit_size: int):
+        self.splits = {split: rows for split, rows in splits.items() if len(rows)}
+        self.unit_size = unit_size
+        self._names = list(self.splits)
+        self._starts = [0]
+        for rows in self.splits.values():
+            self._starts.append(self._starts[-1] - -len(rows) // unit_size)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, number: int) -> Unit: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Unit]: ...
+
+    def __getitem__(self, number: int | slice) -> Unit | list[Unit]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        split = self.split_of(number)
+        rows = self.splits[split]
+        start = rows.start + (number - self._starts[self._names.index(split)]) * self.unit_size
+        return Unit(number, split, range(start, min(start + self.unit_size, rows.stop)))
+
+    def split_of(self, number: int) -> str:
+        """Returns the split of a unit; none is made."""
+        return self._names[bisect_right(self._starts, number) - 1]
+
+    def numbers_of(self, split: str) -> range:
+        """Returns the numbers of the units of a split that has any."""
+        place = self._names.index(split)
+        return range(self._starts[place], self._starts[place + 1])
+
+    @property
+    def folders(self) -> int:
+        """Number of folders that hold them."""
+        return -(-len(self) // PER_FOLDER)
+
+    def in_folder(self, folder: int) -> range:
+        """Returns the numbers of the units of a folder."""
+        return range(folder * PER_FOLDER, min((folder + 1) * PER_FOLDER, len(self)))
+
+
+def list_units(splits: dict[str, range], unit_size: int) -> Units:
     """Cuts each split into units."""
-    cuts = [
-        (split, range(start, min(start + unit_size, rows.stop)))
-        for split, rows in splits.items()
-        for start in range(rows.start, rows.stop, unit_size)
-    ]
-    return [Unit(number, split, rows) for number, (split, rows) in enumerate(cuts)]
+    return Units(splits, unit_size)
+
+
+def units_of(meta: dict[str, Any]) -> Units:
+    """Returns the units that a store's meta.json tells of.
+
+    Raises:
+        StoreError: It tells none.
+    """
+    try:
+        size = 1 if meta["unit_size"] == SHARD else meta["unit_size"]
+        splits = {name: range(*bounds) for name, bounds in meta["splits"].items()}
+        if not (type(size) is int and size > 0 and all(rows.start >= 0 for rows in splits.values())):
+            raise ValueError
+        units = Units(splits, size)
+        if len(units) > MOST_UNITS:
+            raise ValueError
+        return units
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        given = {key: meta.get(key) for key in ("splits", "unit_size")} if isinstance(meta, dict) else meta
+        raise StoreError(
+            f"meta.json needs splits such as {{'train': [0, 50000]}} and a unit_size of 1 or more, or {SHARD!r}; "
+            f"it has {given}"
+        ) from None
+
+
+def folder_name(folder: int) -> str:
+    """Returns the name of a folder of units, "units/0000"."""
+    return f"{UNITS}/{folder:04d}"
+
+
+def folder_index(folder: int) -> str:
+    """Returns the name of the index of a folder of units."""
+    return f"{folder_name(folder)}/{INDEX}"
+
+
+def tensor_name(number: int) -> str:
+    """Returns the name of a unit's tensors, "units/0000/0000123.safetensors"."""
+    return f"{folder_name(number // PER_FOLDER)}/{number:07d}.safetensors"
+
+
+def info_name(number: int) -> str:
+    """Returns the name of a unit's JSON; the unit exists when this file does."""
+    return f"{folder_name(number // PER_FOLDER)}/{number:07d}.json"
+
+
+def claim_name(number: int) -> str:
+    """Returns the name of the claim of a unit, "claims/0000123"."""
+    return f"{CLAIMS}/{number:07d}"
 
 
 def tensor_file(store: Path, number: int) -> Path:
-    """Returns the path of a unit's tensors."""
-    return store / "units" / f"{number // 1000:04d}" / f"{number:07d}.safetensors"
+    """Returns the path of a unit's tensors in a local store."""
+    return store / tensor_name(number)
 
 
 def info_file(store: Path, number: int) -> Path:
-    """Returns the path of a unit's JSON; the unit exists when this file does."""
-    return tensor_file(store, number).with_suffix(".json")
+    """Returns the path of a unit's JSON in a local store."""
+    return store / info_name(number)
+
+
+def checksum(content: bytes) -> str:
+    """Returns what is noted of a file to find damage: its XXH3 of 128 bits; it does not tell forgeries."""
+    return CHECKSUM + xxhash.xxh3_128_hexdigest(content)
+
+
+def ids_checksum(ids: list[str], skipped: list[dict[str, str]]) -> str:
+    """Returns what the header of a unit's tensors holds of the names in its JSON, so that these go together."""
+    return checksum(json.dumps([ids, skipped]).encode())
+
+
+def to_json(value: Any) -> bytes:
+    """Returns JSON as it stands in the files."""
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 @contextmanager
@@ -100,7 +238,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON whole or not at all."""
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+    write_whole(path, to_json(value))
 
 
 def read_json(path: Path) -> Any:

@@ -1,21 +1,27 @@
-"""Reading a feature store: arrays of a (layer, level), or samples as a torch data set."""
+"""Reading a feature store: arrays of a (layer, level), samples as a torch data set, or batches of a huge one."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from diffrep.config import LevelSpec
 from diffrep.errors import StoreError, UnknownNameError
-from diffrep.noise import Level, LevelTable
+from diffrep.store.batches import Batch, iterate
+from diffrep.store.files import UnitFiles
 from diffrep.store.interop import for_numpy
-from diffrep.store.layout import INDEX, META, info_file, read_json, tensor_file
+from diffrep.store.layout import INDEX, units_of
+from diffrep.store.meta import read_levels, read_meta, read_shapes
+from diffrep.store.place import LocalPlace, open_place
+from diffrep.store.table import read_part, read_table, several
 
 if TYPE_CHECKING:
     import datasets
@@ -25,52 +31,78 @@ class FeatureStore(Dataset):
     """A finished store.
 
     `store[layer, level]` is the tensor of all samples; `store[i]` is one sample, a dict of "id", "label" and the
-    features by "layer@level". Files are mapped, so only the bytes that are asked for are read.
+    features by "layer@level". Files are mapped, and of those on another machine byte ranges are read, so only what is
+    asked for is read.
 
     Args:
-        path: Folder of the store.
+        path: Folder of the store, or its URL, such as "s3://bucket/store".
+        partial: Read the units that are there of a store that is not finished.
 
     Attributes:
+        path: The folder; of a URL as it was given.
+        place: Where the files are.
+        name: Last part of the path or URL.
         meta: What the features are (meta.json).
         layers: Addresses.
         levels: The levels, by canonical key.
-        ids: Sample ids.
-        labels: Labels (N,) int64, (N, L) of 0 and 1 where a sample has several, or None.
         classes: Class names, or None.
 
     Raises:
-        StoreError: There is no store, it is not finished, or a file is damaged.
+        StoreError: There is no store, it is not finished, or an index is damaged.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not (self.path / META).exists():
-            raise StoreError(f"no feature store in {str(path)!r}; 'diffrep extract' makes one")
-        self.meta = read_json(self.path / META)
-        if not (self.path / INDEX).exists():
-            raise StoreError(f"the store {self.path} is not finished; run the same 'diffrep extract' again to go on")
-        infos = [read_json(info_file(self.path, unit["unit"])) for unit in read_json(self.path / INDEX)["units"]]
-        self._infos = [info for info in infos if info["samples"]]
-        if not self._infos:
-            raise StoreError(f"the store {self.path} holds no samples: every image was skipped, see skipped.jsonl")
-        self._ends = np.cumsum([info["samples"] for info in self._infos])
-        self._opened: dict[int, Any] = {}
-        self._mapped: dict[tuple[int, str], torch.Tensor] = {}
-        self._table = LevelTable((spec, Level(*values)) for spec, *values in self.meta["levels"])
-        self.layers: list[str] = list(self.meta["layers"])
+    def __init__(self, path: str | Path, partial: bool = False):
+        self.place = open_place(path)
+        self.path = self.place.path if isinstance(self.place, LocalPlace) else path
+        self.name = self.place.name
+        self.meta = read_meta(self.place)
+        units = units_of(self.meta)
+        finished = self.place.size(INDEX) is not None
+        if not finished and not partial:
+            raise StoreError(f"the store {path} is not finished; run the same 'diffrep extract' again to go on")
+        table = (read_table if finished else read_part)(self.place, units)
+        table = table[np.flatnonzero(table.samples)]
+        if not len(table):
+            raise StoreError(
+                f"the store {path} holds no samples: every image was skipped, see skipped.jsonl"
+                if finished
+                else f"no unit of the store {path} is there yet; run the same 'diffrep extract' to go on"
+            )
+        self._levels = read_levels(self.place, self.meta)
+        self.levels = self._levels.levels
+        shapes = read_shapes(self.place, self.meta)
+        self.layers: list[str] = list(shapes)
+        self._shapes = {f"{layer}@{level}": shape for layer, shape in shapes.items() for level in self.levels}
         self._aliases: dict[str, str] = self.meta.get("aliases", {})
-        self.levels = self._table.levels
-        self.classes: list[str] | None = self.meta["classes"]
-        self.ids = [sample_id for info in self._infos for sample_id in info["ids"]]
-        self._split_of = np.repeat([info["split"] for info in self._infos], [info["samples"] for info in self._infos])
-        self.labels = None
-        if "label" in self._open(0).keys():  # noqa: SIM118 - a file handle, not a dict
-            self.labels = torch.cat([self._tensor(unit, "label") for unit in range(len(self._infos))]).numpy()
+        self.classes: list[str] | None = self.meta.get("classes")
+        self._files = UnitFiles(self.place, units, table, self._shapes)
+        ranges = {split: self._files.between(units.numbers_of(split)) for split in units.splits}
+        self._ranges = {split: found for split, found in ranges.items() if found}
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Sample ids, read when they are first asked for; `ids_of` reads some."""
+        return list(chain.from_iterable(several(self.place, self._files.read_ids, range(len(self._files)))))
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """Labels (N,) int64, (N, L) of 0 and 1 where a sample has several, or None; read when first asked for."""
+        return self._files.whole("label", range(len(self._files))).numpy() if self.labelled else None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the samples have labels."""
+        return "label" in self._files.open(0).slots
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that change when a feature does, wherever the store lies: of the files' checksums."""
+        return hashlib.sha256(self._files.table.checksums.tobytes()).hexdigest()[:16]
 
     @property
     def splits(self) -> list[str]:
-        """Names of the splits."""
-        return list(dict.fromkeys(self._split_of.tolist()))
+        """Names of the splits that have samples."""
+        return list(self._ranges)
 
     def rows(self, split: str) -> np.ndarray:
         """Returns the positions of a split's samples, int64.
@@ -78,21 +110,17 @@ class FeatureStore(Dataset):
         Raises:
             UnknownNameError: The store has no such split.
         """
-        if split not in self.splits:
-            raise UnknownNameError("split", split, self.splits)
-        return np.flatnonzero(self._split_of == split)
+        units = self._units(split)
+        return np.arange(self._files.starts[units[0]], self._files.ends[units[-1]])
 
     def tensor(self, layer: str, level: LevelSpec, split: str | None = None) -> torch.Tensor:
         """Returns the features of all samples, or of one split, (N, ...) in the stored dtype.
 
         Raises:
             UnknownNameError: The store has no such layer, level or split.
+            StoreError: A file is missing or damaged.
         """
-        name = self._name(layer, level)
-        if split is not None:
-            self.rows(split)
-        units = [i for i, info in enumerate(self._infos) if split in (None, info["split"])]
-        return torch.cat([self._tensor(unit, name) for unit in units])
+        return self._files.whole(self._name(layer, level), self._units(split))
 
     def take(self, layer: str, level: LevelSpec, rows: np.ndarray) -> torch.Tensor:
         """Returns the features of some samples, (n, ...) in the stored dtype, reading no others.
@@ -100,53 +128,86 @@ class FeatureStore(Dataset):
         Args:
             layer: Address.
             level: Level.
-            rows: Positions (n,) int64 in the store, best in ascending order.
+            rows: Positions (n,) int64 in the store, in any order.
 
         Raises:
             UnknownNameError: The store has no such layer or level.
             IndexError: A position is not in the store.
+            StoreError: A file is missing or damaged.
         """
-        name = self._name(layer, level)
-        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
-            raise IndexError(f"samples {rows.min()} to {rows.max()} of {len(self)}")
-        units = np.searchsorted(self._ends, rows, side="right")
-        starts = np.concatenate([[0], self._ends[:-1]])
-        found = None
-        for unit in np.unique(units):
-            mine = np.flatnonzero(units == unit)
-            part = self._tensor(int(unit), name).index_select(0, torch.from_numpy(rows[mine] - starts[unit]))
-            if len(mine) == len(rows):
-                return part
-            if found is None:
-                found = part.new_empty(len(rows), *part.shape[1:])
-            found[torch.from_numpy(mine)] = part
-        return self._tensor(0, name)[:0] if found is None else found
+        return self._files.take(self._name(layer, level), rows)
+
+    def ids_of(self, rows: np.ndarray) -> list[str]:
+        """Returns the ids of some samples at positions (n,), reading those of their units alone.
+
+        Raises:
+            IndexError: A position is not in the store.
+        """
+        return [self._files.ids(unit)[place] for unit, place in map(self._files.locate, rows.tolist())]
+
+    def labels_of(self, rows: np.ndarray) -> torch.Tensor | None:
+        """Returns the labels of some samples at positions (n,), (n,) or (n, L) int64; None where there are none.
+
+        Raises:
+            IndexError: A position is not in the store.
+        """
+        return self._files.take("label", rows) if self.labelled else None
+
+    def batches(
+        self,
+        layer: str,
+        level: LevelSpec,
+        split: str | None = None,
+        size: int = 256,
+        shuffle: int | None = None,
+        window: int = 4,
+    ) -> Iterator[Batch]:
+        """Reads all samples, or those of a split, once, unit after unit: a store of any size in little memory.
+
+        Args:
+            layer: Address.
+            level: Level.
+            split: Split; None takes all.
+            size: Samples of a batch; the last one may have fewer.
+            shuffle: Seed of the order, in which units are shuffled, and then the samples of `window` units at a time;
+                another one for each epoch. None keeps the order of the store.
+            window: Units whose samples are shuffled together. Of a store on another machine so many are held.
+
+        Returns:
+            An iterator over (positions in the store (n,), features (n, ...), labels (n,) or (n, L) or None).
+
+        Raises:
+            UnknownNameError: The store has no such layer, level or split.
+            ValueError: Size or window are less than 1.
+            StoreError: A file is missing or damaged; as it is reached.
+        """
+        if size < 1 or window < 1:
+            raise ValueError(f"size and window are 1 or more, got {size} and {window}")
+        names = [self._name(layer, level), *(["label"] if self.labelled else [])]
+        return iterate(self._files, names, self._units(split), size, shuffle, window)
 
     def numpy(self, layer: str, level: LevelSpec, split: str | None = None) -> np.ndarray:
         """Returns the same as a numpy array; bfloat16 and float8, which numpy lacks, come as float32."""
         return for_numpy(self.tensor(layer, level, split)).numpy()
 
     def verify(self) -> list[int]:
-        """Reads every file and returns the numbers of the units whose checksum is wrong."""
-        damaged = []
-        for info in self._infos:
-            content = tensor_file(self.path, info["unit"]).read_bytes()
-            if hashlib.sha256(content).hexdigest() != info["sha256"]:
-                damaged.append(info["unit"])
-        return damaged
+        """Reads every file and returns the numbers of the units that are damaged or missing."""
+        from diffrep.store.check import verify
+
+        report = verify(self.place)
+        return sorted({*report.damaged, *report.missing, *report.disagree})
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._files.ends[-1])
 
     def __getitem__(self, key: int | tuple[str, LevelSpec]) -> Any:
         if isinstance(key, tuple):
             return self.tensor(*key)
-        unit, row = self._locate(key)
-        names = [f"{layer}@{level}" for layer in self.layers for level in self.levels]
-        sample: dict[str, Any] = {name: self._tensor(unit, name)[row] for name in names}
-        sample["id"] = self._infos[unit]["ids"][row]
-        if self.labels is not None:
-            sample["label"] = self._label(key)
+        unit, place = self._files.locate(key)
+        sample: dict[str, Any] = {name: self._files.row(name, unit, place) for name in self._shapes}
+        sample["id"] = self._files.ids(unit)[place]
+        if self.labelled:
+            sample["label"] = self._files.label(unit, place)
         return sample
 
     def dataset(self, layer: str, level: LevelSpec, split: str) -> LayerDataset:
@@ -159,10 +220,6 @@ class FeatureStore(Dataset):
             f"{len(self.layers)} layers x {len(self.levels)} levels"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        # File handles stay in the process that opened them; data-loader workers open their own.
-        return {**self.__dict__, "_opened": {}, "_mapped": {}}
-
     def key(self, layer: str, level: LevelSpec) -> tuple[str, str]:
         """Returns the layer and the canonical key of the level.
 
@@ -172,7 +229,7 @@ class FeatureStore(Dataset):
         layer = self._aliases.get(layer, layer)
         if layer not in self.layers:
             raise UnknownNameError("layer", layer, self.layers, f"The store is {self.path}")
-        return layer, self._table.key(level)
+        return layer, self._levels.key(level)
 
     def to_dataset(
         self, layer: str | None = None, level: LevelSpec | None = None, split: str | None = None
@@ -199,32 +256,14 @@ class FeatureStore(Dataset):
         names = [self._name(la, le) for la in layers for le in levels]
         return to_dataset(self, names, np.arange(len(self)) if split is None else self.rows(split))
 
-    def _label(self, row: int) -> int | torch.Tensor:
-        label = self.labels[row]
-        return torch.from_numpy(label) if label.ndim else int(label)
+    def _units(self, split: str | None) -> range:
+        """Returns the places of a split's units among those with samples."""
+        if split is not None and split not in self._ranges:
+            raise UnknownNameError("split", split, self.splits)
+        return range(len(self._files)) if split is None else self._ranges[split]
 
     def _name(self, layer: str, level: LevelSpec) -> str:
         return "@".join(self.key(layer, level))
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        unit = int(np.searchsorted(self._ends, index, side="right"))
-        return unit, index - (int(self._ends[unit - 1]) if unit else 0)
-
-    def _open(self, unit: int) -> Any:
-        if unit not in self._opened:
-            file = tensor_file(self.path, self._infos[unit]["unit"])
-            try:
-                self._opened[unit] = safe_open(file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise StoreError(f"cannot read {file}: {error}; delete its .json and extract again") from error
-        return self._opened[unit]
-
-    def _tensor(self, unit: int, name: str) -> torch.Tensor:
-        if (unit, name) not in self._mapped:
-            self._mapped[unit, name] = self._open(unit).get_tensor(name)
-        return self._mapped[unit, name]
 
 
 class LayerDataset(Dataset):
@@ -237,6 +276,6 @@ class LayerDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int | torch.Tensor]:
-        row = int(self.rows[index])
-        unit, place = self.store._locate(row)
-        return self.store._tensor(unit, self.name)[place], self.store._label(row)
+        files = self.store._files
+        unit, place = files.locate(int(self.rows[index]))
+        return files.row(self.name, unit, place), files.label(unit, place)

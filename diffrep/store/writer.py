@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
+import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from diffrep.errors import StoreError
+from diffrep.store.finished import Finished
+from diffrep.store.folders import Folders
+from diffrep.store.index import parse, read_unit
 from diffrep.store.layout import (
+    CLAIMS,
+    FORMAT,
     INDEX,
     META,
+    PER_FOLDER,
+    SKIPPED,
+    UNITS,
     Unit,
     changes,
-    info_file,
-    list_units,
-    read_json,
-    tensor_file,
-    write_json,
-    write_whole,
+    checksum,
+    ids_checksum,
+    info_name,
+    tensor_name,
+    to_json,
+    units_of,
 )
+from diffrep.store.packing import Packed
+from diffrep.store.place import is_temporary, open_place
 
 # Recorded, and warned about when they change; not part of what a store is.
 VERSIONS = "versions"
@@ -36,29 +46,36 @@ class StoreWriter:
     """A store being filled.
 
     Args:
-        path: Folder of the store; created when missing.
+        target: Folder of the store, or an fsspec URL; created when missing.
         meta: What the features are, as plain JSON values. `meta["splits"]` maps each split to [first, last + 1] and
-            `meta["unit_size"]` is the number of samples of a unit.
+            `meta["unit_size"]` is the number of samples of a unit; "shard" where the splits are ranges of input
+            shards, of which each is a unit.
+
+    Attributes:
+        place: Where the store lies.
+        meta: As given.
+        units: All its units.
 
     Raises:
-        StoreError: The folder holds a store of another request; every key that differs is named.
+        StoreError: The folder holds a store of another request, where every key that differs is named; or it holds
+            something else, or cannot be written.
     """
 
-    def __init__(self, path: str | Path, meta: dict[str, Any]):
-        self.path = Path(path)
+    def __init__(self, target: str | Path, meta: dict[str, Any]):
+        self.place = open_place(target)
         self.meta = json.loads(json.dumps(meta))
-        splits = {name: range(*bounds) for name, bounds in self.meta["splits"].items()}
-        self.units = list_units(splits, self.meta["unit_size"])
-        if (self.path / META).exists():
-            self._compare(read_json(self.path / META))
-        elif self.path.exists() and any(self.path.iterdir()):
-            raise StoreError(f"{self.path} is not empty and holds no feature store; give another out")
-        else:
-            write_json(self.path / META, self.meta)
+        self.units = units_of(self.meta)
+        self._folders = Folders(self.place, self.units)
+        self.place.make()
+        if self._holds_meta() or not self.place.create(META, to_json(self.meta), whole=True):
+            self._compare(self._stored_meta())
+        self.place.make(UNITS)
 
     def missing(self) -> list[Unit]:
         """Returns the units that are not there yet."""
-        return [unit for unit in self.units if not unit_exists(self.path, unit.number)]
+        finished = Finished(self.place, self.units)
+        finished.look()
+        return [self.units[number] for number in finished.missing().tolist()]
 
     def write(
         self,
@@ -68,44 +85,122 @@ class StoreWriter:
         rows: list[int],
         labels: list[int] | list[list[int]] | None,
         skipped: list[dict[str, str]],
-    ) -> None:
+        token: str = "",
+        still: Callable[[], bool] = lambda: True,
+    ) -> bool:
         """Writes a unit: first its tensors, then the JSON that makes it count.
 
+        Args:
+            unit: Which one.
+            tensors: "layer@level" features (n, ...), of samples that could be read; contiguous ones are not copied.
+            ids: Their ids.
+            rows: Their places in the data set or the shard.
+            labels: Their labels, n numbers or n lists of L; None without.
+            skipped: "id" and "reason" of those that could not be read.
+            token: Names this process in temporary files, so that another one can remove them.
+            still: Asked before each of the two files is seen: whether this process still has the unit.
+
+        Returns:
+            Whether this process published it; if not, another one has the unit or has finished it.
+
         Raises:
-            StoreError: It cannot be written.
+            StoreError: It cannot be written; nothing of it stays.
         """
         content = dict(tensors, row=torch.tensor(rows, dtype=torch.int64))
         if labels is not None:
             content["label"] = torch.tensor(labels, dtype=torch.int64)
-        packed = save({name: tensor.contiguous() for name, tensor in content.items()})
-        write_whole(tensor_file(self.path, unit.number), packed)
-        info = {
-            "unit": unit.number,
-            "split": unit.split,
-            "samples": len(ids),
-            "bytes": len(packed),
-            "sha256": hashlib.sha256(packed).hexdigest(),
-            "ids": ids,
-            "skipped": skipped,
-        }
-        write_json(info_file(self.path, unit.number), info)
+        packed = Packed(content, {"ids": ids_checksum(ids, skipped)})
+        try:
+            if not self.place.write(tensor_name(unit.number), packed.parts(), token, still):
+                return False
+            info = {
+                "unit": unit.number,
+                "split": unit.split,
+                "samples": len(ids),
+                "bytes": packed.size,
+                "checksum": packed.checksum,
+                "skipped": skipped,
+                "ids": ids,
+            }
+            if not self.place.write(info_name(unit.number), [(json.dumps(info) + "\n").encode()], token, still):
+                return False
+        except StoreError as error:
+            # Its temporary file was swept away by the process that took the unit over, or by the end of the job.
+            swept = isinstance(error.__cause__, FileNotFoundError)
+            if swept and (not still() or self.place.size(info_name(unit.number)) is not None):
+                return False
+            raise
+        self._folders.wrote(unit.number, len(ids), packed.size, packed.checksum, len(skipped))
+        return True
+
+    def close_folder(self, unit: Unit) -> bool:
+        """Writes the index of a unit's folder when all its units are there; tells whether it did.
+
+        It does not look after every unit; what stays open is left to `finish`.
+        """
+        return self._folders.close(unit.number // PER_FOLDER)
+
+    def indexed(self) -> bool:
+        """Tells whether the store is finished and nothing of the work on it is left."""
+        return self.place.size(INDEX) is not None and CLAIMS not in self.place.folders()
 
     def finish(self) -> None:
-        """Writes index.json and skipped.jsonl from the units.
+        """Writes index.json and skipped.jsonl, and removes claims and temporary files; harmless when two do it.
 
         Raises:
-            StoreError: A unit is missing.
+            StoreError: A unit is missing, or the place cannot be written.
         """
-        missing = self.missing()
+        try:
+            if self.place.size(INDEX) is None:
+                self._write_index()
+        except StoreError as error:
+            # Another process that finishes the store swept a temporary file away.
+            if not isinstance(error.__cause__, FileNotFoundError) or self.place.size(INDEX) is None:
+                raise
+        for name in filter(is_temporary, self.place.list()):
+            self.place.remove(name)
+        self.place.remove_folder(CLAIMS)
+
+    def _write_index(self) -> None:
+        folders, missing = self._folders.finish()
         if missing:
-            raise StoreError(f"{len(missing)} of {len(self.units)} units are missing in {self.path}")
-        infos = [read_json(info_file(self.path, unit.number)) for unit in self.units]
-        skipped = [entry for info in infos for entry in info["skipped"]]
-        if skipped:
-            lines = "".join(json.dumps(entry) + "\n" for entry in skipped)
-            write_whole(self.path / "skipped.jsonl", lines.encode())
-        short = [{key: info[key] for key in ("unit", "split", "samples", "bytes", "sha256")} for info in infos]
-        write_json(self.path / INDEX, {"samples": sum(i["samples"] for i in infos), "units": short})
+            raise StoreError(
+                f"{missing:,} of {len(self.units):,} units are missing in {self.place.target}; extract again, or let "
+                "'diffrep store repair' see what was deleted"
+            )
+        totals = {key: sum(folder[key] for folder in folders) for key in ("samples", "units", "skipped", "bytes")}
+        if totals["skipped"]:
+            self.place.write(SKIPPED, self._skipped(folders))
+        else:
+            self.place.remove(SKIPPED)
+        listed = [{key: folder[key] for key in folder if key != "skipped"} for folder in folders]
+        meta = checksum(self.place.read(META))
+        self.place.write(INDEX, [to_json({"format": FORMAT, "meta": meta, **totals, "folders": listed})])
+
+    def _skipped(self, folders: list[dict[str, Any]]) -> Iterator[bytes]:
+        for folder in folders:
+            if folder["skipped"]:
+                for number in self._folders.with_skipped(folder["folder"]):
+                    info = read_unit(self.place, number, self.units)
+                    yield "".join(json.dumps(entry) + "\n" for entry in info.skipped).encode()
+
+    def _holds_meta(self) -> bool:
+        names = self.place.list() + self.place.folders()
+        if META in names:
+            return True
+        others = [name for name in names if not is_temporary(name)]
+        # Unless another process has made it since then.
+        if others and self.place.size(META) is None:
+            raise StoreError(f"{self.place.target} is not empty and holds no feature store; give another out")
+        return False
+
+    def _stored_meta(self) -> Any:
+        for _ in range(20):
+            content = self.place.read(META)
+            if content:
+                break
+            time.sleep(0.1)  # made by another process that has not written it yet
+        return parse(content, self.place.where(META))
 
     def _compare(self, stored: dict[str, Any]) -> None:
         old, new = flatten(stored), flatten(self.meta)
@@ -114,23 +209,14 @@ class StoreWriter:
         versions = [key for key in differ if key.split(".")[0] == VERSIONS]
         if versions:
             others = ", ".join(f"{key.partition('.')[2]} {old.get(key)} -> {new.get(key)}" for key in versions)
-            warnings.warn(f"{self.path} was begun with other package versions: {others}", stacklevel=3)
+            warnings.warn(f"{self.place.target} was begun with other package versions: {others}", stacklevel=3)
         rest = [key for key in differ if key not in versions]
         real = changes({key: old.get(key) for key in rest}, {key: new.get(key) for key in rest})
         if real:
             raise StoreError(
-                f"{self.path} was made by another request; give another out, or the same settings. It differs in\n  "
-                + "\n  ".join(real)
+                f"{self.place.target} was made by another request; give another out, or the same settings. It differs "
+                "in\n  " + "\n  ".join(real)
             )
-
-
-def unit_exists(store: Path, number: int) -> bool:
-    """Tells whether a unit was written whole: its JSON is there and the tensors' file has the size it names."""
-    info = info_file(store, number)
-    if not info.exists():
-        return False
-    tensors = tensor_file(store, number)
-    return tensors.exists() and tensors.stat().st_size == read_json(info)["bytes"]
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

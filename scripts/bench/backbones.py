@@ -1,6 +1,6 @@
 """What early exit, half precision and compilation gain, family by family.
 
-    python scripts/bench/backbones.py [--families dit unet2d ...] [--batch 8] [--rounds 7] [--device auto]
+    python scripts/bench/backbones.py [--families dit unet2d ...] [--batch 8] [--rounds 7] [--json FILE]
 
 Networks are of the real classes, a few layers deep and a few hundred channels wide, with random weights. Each column
 is a ratio of median times measured in one run, the variants taking turns within every round: "exit" is a capture of
@@ -13,7 +13,7 @@ import argparse
 
 import diffusers
 import torch
-from timing import median_times
+from timing import median_times, write_json
 
 from diffrep.backbones.folders import cast
 from diffrep.backbones.opening import DIFFUSERS, OFFICIAL
@@ -115,11 +115,15 @@ def measure(family, options, device):
         calls["compiled"] = lambda: compiled.capture(x, level, [middle], cond)
     seconds = median_times(options.rounds, calls)
     spent, total = single.flops(single.addresses([middle]), side, side)
-    compiled_ratio = f"{seconds['compiled'] / seconds['exit']:9.2f}" if "compiled" in seconds else f"{'-':>9}"
-    return (
-        f"{family:18} {middle:24} {1000 * seconds['full']:8.0f} {seconds['exit'] / seconds['full']:6.2f} "
-        f"{spent[middle] / total:6.2f} {seconds['bf16'] / seconds['exit']:6.2f} {compiled_ratio}"
-    )
+    return {
+        "family": family,
+        "block": middle,
+        "full_ms": 1000 * seconds["full"],
+        "exit": seconds["exit"] / seconds["full"],
+        "flops": spent[middle] / total,
+        "bf16": seconds["bf16"] / seconds["exit"],
+        "compiled": seconds["compiled"] / seconds["exit"] if "compiled" in seconds else None,
+    }
 
 
 def main():
@@ -130,12 +134,22 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     options = parser.parse_args()
     where = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     print(f"{where}, {torch.get_num_threads()} threads, batch {options.batch}, medians of {options.rounds}")
     print(f"{'family':18} {'middle block':24} {'full ms':>8} {'exit':>6} {'FLOPs':>6} {'bf16':>6} {'compiled':>9}")
+    rows = []
     for family in options.families:
-        print(measure(family, options, torch.device(options.device)), flush=True)
+        row = measure(family, options, torch.device(options.device))
+        compiled = "-" if row["compiled"] is None else f"{row['compiled']:.2f}"
+        print(
+            f"{family:18} {row['block']:24} {row['full_ms']:8.0f} {row['exit']:6.2f} {row['flops']:6.2f} "
+            f"{row['bf16']:6.2f} {compiled:>9}",
+            flush=True,
+        )
+        rows.append(row)
+    write_json(options.json, "backbones", rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What an autoencoder loses: PSNR of images that were encoded and decoded.
 
-    python scripts/bench/codec.py --codec FOLDER --data FOLDER_OF_IMAGES [--size 256] [--limit 1000]
+    python scripts/bench/codec.py --codec FOLDER --data FOLDER_OF_IMAGES [--size 256] [--limit 1000] [--json FILE]
 
 Images are centre-cropped to a square, resized to --size by Lanczos' filter (a softer one leaves less detail and gives
 more dB: bicubic 0.8, bilinear 2.2), encoded to the mode of their posterior and decoded. PSNR is over all pixels and
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from timing import write_json
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
@@ -40,6 +41,7 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="folder of images, searched through")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--limit", type=int, default=1000, help="first so many files by name")
+    parser.add_argument("--json", metavar="FILE", help="also write the row there")
     options = parser.parse_args()
     codec = load_codec(options.codec, torch.device("cpu"), torch.float32)
     codec.module().eval()
@@ -51,10 +53,13 @@ def main():
         images = centre_crop(file, options.size)[None]
         values.append(psnr(images, codec.decode(codec.encode(images).mean)))
     found = torch.cat(values)
+    row = {"codec": codec.describe()["kind"], "images": len(files), "size": options.size}
+    row |= {"psnr": found.mean().item(), "least": found.min().item(), "greatest": found.max().item()}
     print(
-        f"{codec.describe()['kind']}, {len(files)} images of {options.size} px: PSNR {found.mean():.2f} dB "
-        f"(least {found.min():.2f}, greatest {found.max():.2f})"
+        f"{row['codec']}, {len(files)} images of {options.size} px: PSNR {row['psnr']:.2f} dB "
+        f"(least {row['least']:.2f}, greatest {row['greatest']:.2f})"
     )
+    write_json(options.json, "codec", [row])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What matching, aggregation and extraction over many timesteps cost beside the usual scripts.
 
-    python scripts/bench/correspond.py [--images 12] [--rounds 3] [--threads 1]
+    python scripts/bench/correspond.py [--images 12] [--rounds 3] [--threads 1] [--json FILE]
 
 Runs everything in turn within each round and prints medians, so that a busy machine disturbs all alike.
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from timing import median_times
+from timing import median_times, write_json
 from torch.nn import functional as F
 
 from diffrep import FeatureRequest, load_backbone
@@ -90,7 +90,7 @@ class Pairs:
 
 
 def bench_pairs(options):
-    """Prints how much faster an evaluation is than the usual loop."""
+    """Prints how much faster an evaluation is than the usual loop, and returns the rows."""
     pairs = Pairs(options.images)
     some = list(range(0, len(pairs.pairs), max(1, len(pairs.pairs) // 3)))[:3]
     ours, theirs = pairs.ours(), pairs.usual(some)
@@ -104,9 +104,12 @@ def bench_pairs(options):
     seconds = median_times(options.rounds, calls, warmups=1)
     factor = len(pairs.pairs) / len(some)
     print(f"\n{len(pairs.pairs)} pairs over {options.images} images; {same:.0%} of the points are the same")
+    rows = []
     for name in ("", ", maps at hand"):
         mine, usual = seconds[f"ours{name}"], factor * seconds[f"usual{name}"]
         print(f"{'evaluation' + name:28} ours {mine:7.2f} s   usual loop {usual:8.1f} s   ratio {usual / mine:6.1f}x")
+        rows.append({"case": "evaluation" + name, "seconds": mine, "usual_seconds": usual, "same_points": same})
+    return rows
 
 
 def resident(name):
@@ -136,7 +139,7 @@ def aggregate(levels, form):
 
 
 def bench_memory(options):
-    """Prints the peak memory of the aggregation network for 1 and 11 timesteps."""
+    """Prints the peak memory of the aggregation network for 1 and 11 timesteps, and returns the rows."""
     found = {}
     for form in ("stream", "concat"):
         for levels in (1, 11):
@@ -151,6 +154,10 @@ def bench_memory(options):
     for form in ("stream", "concat"):
         one, eleven = found[form, 1], found[form, 11]
         print(f"{form:28} 1 timestep {one:7.1f}   11 timesteps {eleven:8.1f}   ratio {eleven / one:6.2f}")
+    return [
+        {"case": f"memory of aggregation, {form}, {levels} timesteps", "megabytes": value}
+        for (form, levels), value in found.items()
+    ]
 
 
 def pipeline(folder):
@@ -172,7 +179,7 @@ def pipeline(folder):
 
 
 def bench_extraction(options):
-    """Prints how much faster one pass over timesteps is than a pass for each timestep and layer."""
+    """Prints how much faster one pass over timesteps is than one for each timestep and layer, and returns the row."""
     with tempfile.TemporaryDirectory() as folder:
         pipeline(folder)
         backbone = load_backbone(folder, device="cpu")
@@ -199,6 +206,7 @@ def bench_extraction(options):
     print(f"\n{len(levels)} timesteps x {len(layers)} layers of one image")
     mine = seconds["ours"]
     print(f"{'extraction':28} ours {mine:7.2f} s   usual script {whole:6.1f} s   ratio {whole / mine:6.1f}x")
+    return [{"case": "extraction over timesteps and layers", "seconds": mine, "usual_seconds": whole}]
 
 
 def main():
@@ -207,6 +215,7 @@ def main():
     parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     parser.add_argument("--aggregate", nargs=2, metavar=("TIMESTEPS", "FORM"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -214,9 +223,7 @@ def main():
         aggregate(int(options.aggregate[0]), options.aggregate[1])
         return
     print(f"{options.threads} threads, medians of {options.rounds}")
-    bench_pairs(options)
-    bench_memory(options)
-    bench_extraction(options)
+    write_json(options.json, "correspond", bench_pairs(options) + bench_memory(options) + bench_extraction(options))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """What it takes to list a full-size backbone's layers from its config: seconds beyond imports, and peak memory.
 
-    python scripts/bench/layers.py [NAME ...]
+    python scripts/bench/layers.py [NAME ...] [--json FILE]
 
 One process for each registered name, as `diffrep layers NAME` is. Beside them the layer that papers read, and what a
 pass that ends there costs of the whole.
 """
 
 import argparse
+import json
 import subprocess
 import sys
+
+from timing import write_json
 
 from diffrep import list_backbones
 from diffrep.backbones.sources import BUNDLED
@@ -23,7 +26,7 @@ READ = {
     "sd3-medium": "transformer_blocks.11",
 }
 PROBE = """
-import sys, time, resource
+import json, sys, time, resource
 from diffrep import load_backbone
 began = time.perf_counter()
 backbone = load_backbone(sys.argv[1], device="meta")
@@ -32,9 +35,8 @@ seconds = time.perf_counter() - began
 layer = layers[sys.argv[2]]
 millions = sum(p.numel() for p in backbone.network.parameters()) / 1e6
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-shape = "x".join(map(str, layer.shape))
-sizes = f"{sys.argv[1]:12} {millions:9,.1f} {len(layers):7} {seconds:8.2f} {peak:8,.0f}"
-print(f"{sizes}  {layer.name:22} {shape:>14} {layer.flops_to_here:8.3f}")
+row = {"name": sys.argv[1], "millions": millions, "layers": len(layers), "seconds": seconds, "peak_mb": peak}
+print(json.dumps(row | {"layer": layer.name, "shape": layer.shape, "to_here": layer.flops_to_here}))
 """
 
 
@@ -42,12 +44,22 @@ def main():
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=[name for name in list_backbones() if name not in BUNDLED])
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     options = parser.parse_args()
     sizes = f"{'name':12} {'M params':>9} {'layers':>7} {'seconds':>8} {'peak MB':>8}"
     print(f"{sizes}  {'layer':22} {'shape':>14} {'to here':>8}")
+    rows = []
     for name in options.names:
-        layer = READ.get(name, "up_blocks.1")
-        subprocess.run([sys.executable, "-W", "ignore", "-c", PROBE, name, layer], check=True)
+        command = [sys.executable, "-W", "ignore", "-c", PROBE, name, READ.get(name, "up_blocks.1")]
+        row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        shape = "x".join(map(str, row["shape"]))
+        print(
+            f"{name:12} {row['millions']:9,.1f} {row['layers']:7} {row['seconds']:8.2f} {row['peak_mb']:8,.0f}  "
+            f"{row['layer']:22} {shape:>14} {row['to_here']:8.3f}",
+            flush=True,
+        )
+        rows.append(row)
+    write_json(options.json, "layers", rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a sweep of linear heads costs beside separate fits, and beside scripts that run the backbone every epoch.
 
-    python scripts/bench/probe.py [--samples 3000] [--images 192] [--rounds 3] [--threads 1]
+    python scripts/bench/probe.py [--samples 3000] [--images 192] [--rounds 3] [--threads 1] [--json FILE]
 
 Runs everything in turn within each round and prints medians, so that a busy machine disturbs all alike. Features are
 real: Fashion-MNIST through the bundled network. Both sides get the same threads.
@@ -25,7 +25,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, SGDClassifier
 from threadpoolctl import threadpool_limits
-from timing import median_times
+from timing import median_times, write_json
 from torch.nn import functional as F
 
 from diffrep import FeatureRequest, load_backbone
@@ -249,6 +249,7 @@ def main():
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=ConvergenceWarning)  # 100 iterations on both sides
@@ -263,12 +264,15 @@ def main():
     shape = tuple(features["train"].shape)
     print(f"{options.source}, features {shape}, {options.threads} threads, medians of {options.rounds}")
     print(f"{'case':38} {'here / s':>9} {'there / s':>10} {'ratio':>7}  remark")
+    kept = []
     with threadpool_limits(options.threads):
         sweep = Sweep(options, features, labels)
         grid = Grid(options, backbone, *read(options.images, "train", backbone.image_size))
         for rows in (rows_of_sweep(sweep, options.rounds), rows_of_grid(grid, options.rounds)):
             for case, ours, theirs, remark in rows:
                 print(f"{case:38} {ours:9.2f} {theirs:10.1f} {theirs / ours:6.1f}x  {remark}", flush=True)
+                kept.append({"case": case, "seconds": ours, "other_seconds": theirs, "remark": remark})
+    write_json(options.json, "probe", kept)
 
 
 if __name__ == "__main__":

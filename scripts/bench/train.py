@@ -1,6 +1,6 @@
 """What alignment costs a training step: targets from an encoder in each step, from a store, or none.
 
-    python scripts/bench/train.py [--data FOLDER] [--rounds 7] [--steps 8] [--batch 16]
+    python scripts/bench/train.py [--data FOLDER] [--rounds 7] [--steps 8] [--batch 16] [--json FILE]
 
 The same small transformer is trained in three ways, with the trainer's own data feed, loss and average of the weights:
 `none` (from a store, no alignment), `cached` (from the same store, with targets) and `online` (from image files, with
@@ -22,6 +22,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from timing import write_json
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -144,6 +145,7 @@ def main():
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a turn")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=0, help="processes that read data")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     parser.add_argument("--size", type=int, default=64, help="side of the images")
     parser.add_argument("--patch", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=192)
@@ -171,11 +173,15 @@ def main():
     print(f"{weights:.1f}M weights, batch {options.batch}, {device}, {torch.get_num_threads()} threads", end=", ")
     print(f"medians of {options.rounds} turns of {options.steps} steps")
     print(f"{'targets':8} {'ms a step':>10} {'time / none':>12} {'FLOPs / none':>13} {'data wait':>10}")
+    rows = []
     for name, values in turns.items():
         seconds, waits = (statistics.median(column) for column in zip(*values, strict=True))
         # Of the same round, where the machine was as busy for both.
         ratio = statistics.median(mine[0] / none[0] for mine, none in zip(values, turns["none"], strict=True))
-        print(f"{name:8} {seconds * 1e3:10.1f} {ratio:12.3f} {flops[name] / flops['none']:13.3f} {waits:10.1%}")
+        work = flops[name] / flops["none"]
+        print(f"{name:8} {seconds * 1e3:10.1f} {ratio:12.3f} {work:13.3f} {waits:10.1%}")
+        rows.append({"targets": name, "step_ms": 1e3 * seconds, "time": ratio, "flops": work, "data_wait": waits})
+    write_json(options.json, "train", rows)
 
 
 if __name__ == "__main__":

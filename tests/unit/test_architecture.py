@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "diffrep"
 # A room may import rooms to its right; rooms of one group do not import each other.
 ORDER = [
     {"cli"},
-    {"demo"},
+    {"demo", "cluster"},
     {"train", "correspond"},
     {"probe"},
     {"extract"},

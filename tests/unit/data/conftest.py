@@ -1,4 +1,5 @@
 import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -24,3 +25,21 @@ def png():
         return packed.getvalue()
 
     return pack
+
+
+@pytest.fixture
+def write(png):
+    """Writes a shard: members by name, an int standing for an image of that brightness."""
+
+    def write(path, members):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for name, content in members:
+                content = png(content) if isinstance(content, int) else content
+                content = content.encode() if isinstance(content, str) else content
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return path
+
+    return write

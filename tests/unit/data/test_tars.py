@@ -1,8 +1,6 @@
-import io
 import json
 import pickle
 import re
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,24 +8,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffrep.errors import ConfigError, DataError, UnknownNameError
-
-
-@pytest.fixture
-def write(png):
-    """Writes a shard: members by name, an int standing for an image of that brightness."""
-
-    def write(path, members):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, "w") as tar:
-            for name, content in members:
-                content = png(content) if isinstance(content, int) else content
-                content = content.encode() if isinstance(content, str) else content
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-        return path
-
-    return write
 
 
 @pytest.fixture

@@ -1,0 +1,151 @@
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffrep import ExtractConfig, ExtractJob, FeatureStore, dist
+from diffrep.errors import ConfigError, DataError, Stopped
+from diffrep.extract.features import Features
+from diffrep.extract.feed import Batch, ImageFeed
+from diffrep.extract.monitor import Monitor
+from diffrep.extract.unit import UnitFeatures
+from diffrep.noise import Level, LevelTable
+from diffrep.store import Claims, StoreWriter, Unit
+from diffrep.testing import save_images
+
+REQUEST = {"layers": ["mid_block"], "levels": [100], "pool": "mean"}
+
+
+def config_of(folder, images, out, **more):
+    given = {"backbone": str(folder), "data": str(images), "request": REQUEST, "out": str(out), "unit_size": 4}
+    return ExtractConfig(**given | {"batch_size": 2} | more)
+
+
+@pytest.fixture
+def config(unet_folder, image_folder, tmp_path):
+    return config_of(unet_folder, image_folder, tmp_path / "store")
+
+
+def test_the_feed_gives_each_unit_in_batches_and_takes_units_only_when_it_has_room(unet, config):
+    job, taken = ExtractJob(config, unet), []
+
+    def units():
+        for unit in job.units:
+            taken.append(unit.number)
+            yield unit
+
+    found = []
+    for unit, batch in ImageFeed(job.images, 3)(units()):
+        found.append((unit.number, None if batch is None else len(batch.ids)))
+        assert len(taken) <= unit.number + 1
+    # 18 images a split, in units of 4.
+    assert found[:6] == [(0, 3), (0, 1), (0, None), (1, 3), (1, 1), (1, None)]
+    assert sum(count or 0 for _, count in found) == 36
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_job_writes_every_sample_once(unet, config, workers):
+    store = ExtractJob(config.model_copy(update={"workers": workers}), unet).run()
+    assert len(store) == 36 and len(set(store.ids)) == 36
+    assert store.verify() == []
+    names = {path.name for path in store.path.iterdir()}
+    assert names == {"meta.json", "index.json", "config.yaml", "units"}
+
+
+def test_units_of_a_dead_process_are_taken_over_and_those_of_a_living_one_waited_for(unet, config):
+    job = ExtractJob(config, unet)
+    other = Claims(StoreWriter(config.out, job.meta()).place, job.units, lease=300)
+    unit = other.take()  # of this very process, which lives
+    running = threading.Thread(target=job.run)
+    running.start()
+    time.sleep(1.5)
+    assert running.is_alive()  # everything else is done, and it waits
+    other.release(unit.number)
+    running.join(20)
+    assert not running.is_alive()
+    assert len(FeatureStore(config.out)) == 36
+
+
+def test_a_claim_without_progress_expires(unet, config):
+    job = ExtractJob(config.model_copy(update={"lease": 0.5}), unet)
+    Claims(StoreWriter(config.out, job.meta()).place, job.units, lease=0.5).take()
+    began = time.monotonic()
+    assert len(job.run()) == 36
+    assert time.monotonic() - began >= 0.4
+
+
+def test_a_signal_ends_the_job_and_gives_its_units_back(unet, config):
+    job = ExtractJob(config, unet)
+    read, seen = job.read, []
+
+    def slow(batch):
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(batch)
+        return read(batch)
+
+    job.read = slow
+    with pytest.raises(Stopped, match="stopped by SIGTERM: .* of 10 units are in .*; run the same command again"):
+        job.run()
+    assert list((out := Path(config.out)).glob("claims/*")) == []
+    assert not (out / "index.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert len(ExtractJob(config, unet).run()) == 36
+
+
+def test_an_unreadable_image_stops_the_job_or_is_skipped(unet, unet_folder, tmp_path):
+    images = save_images(tmp_path / "images")
+    (images / "train/class0/0.png").write_bytes(b"no image")
+    config = config_of(unet_folder, images, tmp_path / "store")
+    with pytest.raises(DataError, match="train/class0/0.png: cannot read the image: not an image; finished units"):
+        ExtractJob(config, unet).run()
+    assert list((tmp_path / "store").glob("claims/*")) == []
+    store = ExtractJob(config.model_copy(update={"on_error": "skip"}), unet).run()
+    assert len(store) == 35
+    assert "train/class0/0.png" in (tmp_path / "store/skipped.jsonl").read_text()
+
+
+def test_room_for_a_shard_grows():
+    table = LevelTable([(1, Level("t=1", 1, 0.9, 0.4))])
+    features = UnitFeatures(Unit(0, "all", range(1)), None)
+    for start in range(0, 3000, 100):
+        values = torch.arange(start, start + 100.0)[:, None]
+        batch = Batch(list(range(100)), [f"{start + i}" for i in range(100)], None, None, None, [], [])
+        features.add(batch, Features({("mid", "t=1"): values}, batch.ids, table))
+    assert torch.equal(features.tensors["mid@t=1"][:3000, 0], torch.arange(3000.0))
+    assert features.labels is None
+
+
+def test_counters_are_prometheus_text(tmp_path):
+    file = tmp_path / "counters"
+    monitor = Monitor(10, 100, dist.Worker(1, 2, 1), torch.device("cpu"), str(file), 'a "store"')
+    with monitor.timed("network"):
+        time.sleep(0.01)
+    monitor.batch(8, 2)
+    monitor.unit()
+    monitor.close()
+    text = (tmp_path / "counters.1").read_text()
+    sample = re.compile(r'diffrep_[a-z_]+\{store="a \\"store\\"",rank="1"(,part="[a-z]+")?\} [0-9.e+-]+')
+    for line in text.splitlines():
+        assert line.startswith(("# HELP diffrep_", "# TYPE diffrep_")) or sample.fullmatch(line), line
+    assert 'diffrep_images_total{store="a \\"store\\"",rank="1"} 8\n' in text
+    assert 'diffrep_skipped_total{store="a \\"store\\"",rank="1"} 2\n' in text
+    assert float(re.search(r'part="network"} (.*)', text)[1]) >= 0.01
+
+
+def test_the_job_writes_counters(unet, config, tmp_path):
+    ExtractJob(config.model_copy(update={"monitor": str(tmp_path / "counters")}), unet).run()
+    text = (tmp_path / "counters").read_text()
+    for name, value in {"images_total": 36, "units_total": 10, "store_units_done": 10, "batch_size": 2}.items():
+        assert f'diffrep_{name}{{store="store",rank="0"}} {value}\n' in text
+
+
+def test_what_does_not_go_together(unet, config):
+    graphs = config.backbone.model_copy(update={"compile": "cudagraphs"})
+    with pytest.raises(ConfigError, match="compile=cudagraphs replays one shape; it needs pad=true"):
+        ExtractJob(config.model_copy(update={"backbone": graphs}), unet)
