@@ -138,7 +138,7 @@ class Task:
         Raises:
             RuntimeError: It ended with another status than 0.
         """
-        from diffrep.dist.processes import Crew, apart, shared_environment
+        from diffrep.processes.crew import Crew, apart, step_environment
 
         if self.apart:
             os.environ |= {"DIFFREP_RANK": str(self.index), "DIFFREP_WORLD": str(self.array)}
@@ -148,7 +148,7 @@ class Task:
             # Every process sees all GPUs of its machine and takes the one of its local rank.
             group = submitit.helpers.TorchDistributedEnvironment()
             group = group.export(set_cuda_visible_devices=False, overwrite=True)
-            environments, restarts = [shared_environment(group.local_world_size)], 0
+            environments, restarts = [step_environment(group.local_world_size)], 0
         crew = Crew([sys.executable, "-m", "diffrep", *self.words], environments, restarts)
         status = crew.run()
         # What takes units through claims says with its status that all are there; the other verbs do not.
@@ -217,16 +217,28 @@ def submit(tasks: list[Task], allocation: Allocation, folder: Path, cluster: Clu
 
 def wait(jobs: list[Any], cluster: Cluster) -> bool:
     """Waits for jobs, tells of each how it ended, and returns whether all ended well."""
-    left, well = list(jobs), True
+    left, gone, well = list(jobs), set(), True
     while left:
-        for job in [job for job in left if job.done()]:
+        for job in [job for job in left if job.done() or job.job_id in gone]:
             left.remove(job)
-            problem = job.exception()
-            well = well and problem is None
-            print(f"{job.job_id} ended well" if problem is None else f"{job.job_id} failed; {_last_words(job)}")
+            good = job.done() and job.exception() is None
+            well = well and good
+            print(f"{job.job_id} ended well" if good else f"{job.job_id} failed; {_last_words(job)}", flush=True)
         if left:
+            # What a killed task did not write, submitit asks of SLURM's accounting, which not all clusters have.
+            gone = _gone(left) if cluster == "slurm" else set()
             time.sleep(LOOK[cluster])
     return well
+
+
+def _gone(jobs: list[Any]) -> set[str]:
+    """Returns the ids of the jobs that SLURM's queue no longer holds."""
+    ids = {str(job.job_id) for job in jobs}
+    command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(sorted(ids))}"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        return set()  # it does not answer now, which says nothing of the jobs
+    return ids - set(answer.stdout.split())
 
 
 def watching(jobs: list[Any], folder: Path, cluster: Cluster) -> str:
@@ -242,8 +254,8 @@ def watching(jobs: list[Any], folder: Path, cluster: Cluster) -> str:
 def _last_words(job: Any) -> str:
     """Names a failed task's log, and quotes what diffrep said in it, or else its end."""
     log = job.paths.stderr
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    told = [line for line in lines if line.startswith("diffrep")] or lines
+    text = log.read_text(errors="replace") if log.exists() else ""
+    told = re.findall(r"diffrep(?: \w+)?: .*", text) or text.splitlines()
     return "\n  ".join([f"see {log}", *told[-LAST_LINES:]])
 
 

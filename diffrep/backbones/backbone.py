@@ -18,7 +18,7 @@ from diffrep.backbones.codec import Codec, IdentityCodec
 from diffrep.backbones.compiled import Mode, Region, compiled_capture, find_regions
 from diffrep.backbones.conditioning import Cond, Condition, Conditioner, Ready
 from diffrep.backbones.fingerprint import hash_of_config, hash_of_weights
-from diffrep.backbones.layer import CONTAINERS, Layer
+from diffrep.backbones.layer import Layer, list_layers
 from diffrep.backbones.spatial import is_spatial
 from diffrep.config import FeatureRequest
 from diffrep.errors import ConfigError, LayerError
@@ -159,20 +159,7 @@ class Backbone(ABC):
 
         Modules that run several times in one pass (shared activations) are left out.
         """
-        calls, total = self._trace
-        size = self.sample_size
-        lists = {path for path, module in self.network.named_modules() if isinstance(module, CONTAINERS)}
-        found = []
-        for call in calls:
-            shape = None if call.shape is None else self._map_shape(call.shape, size, size)
-            if shape is None or call.calls > 1 or not is_spatial(self.network, Address(call.module), len(call.shape)):
-                continue
-            parts = call.module.split(".")
-            depth = sum(".".join(parts[: end + 1]) not in lists for end in range(len(parts)))
-            stride = round(size / shape[-1])
-            share, here = call.flops / total, call.flops_to_here / total
-            found.append(Layer(call.module, call.kind, shape, stride, depth, share, here))
-        return found
+        return list_layers(self)
 
     def addresses(self, layers: Iterable[str]) -> dict[str, Address]:
         """Expands aliases and checks addresses.

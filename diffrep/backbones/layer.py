@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
+
+from diffrep.backbones.spatial import is_spatial
+from diffrep.taps import Address
+
+if TYPE_CHECKING:
+    from diffrep.backbones.backbone import Backbone
 
 # Modules that hold others and are never called.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -31,3 +38,21 @@ class Layer:
     depth: int
     flops_share: float
     flops_to_here: float
+
+
+def list_layers(backbone: Backbone) -> list[Layer]:
+    """Returns every module of a network that gives a feature map; see `Backbone.layers`."""
+    calls, total = backbone._trace
+    network, size = backbone.network, backbone.sample_size
+    lists = {path for path, module in network.named_modules() if isinstance(module, CONTAINERS)}
+    found = []
+    for call in calls:
+        shape = None if call.shape is None else backbone._map_shape(call.shape, size, size)
+        if shape is None or call.calls > 1 or not is_spatial(network, Address(call.module), len(call.shape)):
+            continue
+        parts = call.module.split(".")
+        depth = sum(".".join(parts[: end + 1]) not in lists for end in range(len(parts)))
+        stride = round(size / shape[-1])
+        share, here = call.flops / total, call.flops_to_here / total
+        found.append(Layer(call.module, call.kind, shape, stride, depth, share, here))
+    return found

@@ -70,8 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     allocation = _allocation(arguments, work[0])
     processes = allocation.processes if apart else 1
     if arguments.dry_run:
-        each = f"{allocation.nodes} x {allocation.processes} processes of"
-        print(f"{allocation.text(apart)}\n{each} diffrep {shlex.join([*work, *words])}")
+        each = f"{allocation.nodes} x {allocation.processes} processes: "
+        count = f"{arguments.array} tasks of " if arguments.array > 1 else ""
+        print(f"{allocation.text(apart)}\n{count}{each}{shlex.join(['diffrep', *work, *words])}")
         return 0
     kept = (*work, str(_keep(config, "-".join(work), arguments.folder)))
     tasks = [Task(kept, processes, apart, index, arguments.array) for index in range(arguments.array)]

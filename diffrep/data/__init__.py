@@ -18,11 +18,11 @@ from diffrep.errors import ConfigError, DataError, suggest
 
 BUNDLED = {"fashion-demo": "4,000 training and 1,000 test images of Fashion-MNIST, 28x28, one channel, 10 classes"}
 KEYED = ("hf", "csv", "webdataset")
-__all__ = ["BUNDLED", "ImageSet", "ShardSet", "Transform", "open_images", "vtab_means"]
+__all__ = ["BUNDLED", "ImageSet", "ShardSet", "Transform", "open_data", "open_images", "vtab_means"]
 
 
-def open_images(config: DataConfig, channels: int) -> ImageSet | ShardSet:
-    """Opens a data set; a streamed one, or one behind a URL, is a `ShardSet`, which cannot be indexed.
+def open_images(config: DataConfig, channels: int) -> ImageSet:
+    """Opens a data set whose samples can be read in any order.
 
     Args:
         config: What to open and how to bring images to the backbone's input.
@@ -30,10 +30,21 @@ def open_images(config: DataConfig, channels: int) -> ImageSet | ShardSet:
 
     Raises:
         BackendUnavailable: A package that this kind of data needs is not installed.
-        ConfigError: The channel count is neither 1 nor 3, or a key is set that this kind of data has not.
+        ConfigError: The channel count is neither 1 nor 3, a key is set that this kind of data has not, or the set
+            would be streamed.
         DataError: Nothing readable is there.
         UnknownNameError: A split, column or set name does not exist.
     """
+    if config.stream or is_remote(config.path):
+        raise ConfigError(
+            f"data {config.path!r} is streamed, which 'diffrep extract' can do; this reads images in any order, from "
+            "a local set and without data.stream"
+        )
+    return open_data(config, channels)
+
+
+def open_data(config: DataConfig, channels: int) -> ImageSet | ShardSet:
+    """Opens a data set as `open_images` does; a streamed one, or one behind a URL, is a `ShardSet`."""
     if channels not in (1, 3):
         raise ConfigError(
             f"the backbone takes images of {channels} channels, and images have 1 or 3; a latent network needs "

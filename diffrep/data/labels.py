@@ -11,6 +11,9 @@ import numpy as np
 
 from diffrep.errors import DataError, UnknownNameError
 
+# Of a multi-label set, whose labels have a column for each.
+MAX_CLASSES = 1 << 20
+
 
 def integers(values: Any, what: str) -> np.ndarray:
     """Returns labels that are numbers already, (n,) or (n, L).
@@ -82,7 +85,7 @@ def multi_hot(rows: list[list[int]], count: int | None, place: Callable[[int], s
         place: Says where a row stands, for messages.
 
     Raises:
-        DataError: A number comes twice in a row, or is not below `count`.
+        DataError: A number comes twice in a row, is not below `count`, or there are more than `MAX_CLASSES`.
     """
     if rows and count is None and all(sorted(row) == [0, 1] for row in rows):
         return np.array(rows, dtype=np.int64)
@@ -92,6 +95,8 @@ def multi_hot(rows: list[list[int]], count: int | None, place: Callable[[int], s
             return np.array(rows, dtype=np.int64)
         _refuse_twice(rows, place)
     count = count or max((number for row in rows for number in row), default=-1) + 1
+    if count > MAX_CLASSES:
+        raise DataError(f"{place(0)} and the others name {count:,} classes, and at most {MAX_CLASSES:,} are allowed")
     hot = np.zeros((len(rows), count), dtype=np.int64)
     for i, row in enumerate(rows):
         if any(not 0 <= number < count for number in row):

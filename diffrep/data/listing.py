@@ -22,8 +22,8 @@ def is_remote(path: str) -> bool:
     return "://" in path or "::" in path
 
 
-def open_storage(url: str) -> tuple[Any, str]:
-    """Returns the fsspec file system of a URL, and the path in it.
+def open_storage(url: str, **options: Any) -> tuple[Any, str]:
+    """Returns the fsspec file system of a URL, and the path in it; options are the file system's.
 
     File systems are made where they are used, for most of them do not survive a fork.
 
@@ -35,7 +35,7 @@ def open_storage(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         raise BackendUnavailable(f"{url!r}: {error}") from error
     except ValueError as error:
@@ -44,22 +44,26 @@ def open_storage(url: str) -> tuple[Any, str]:
         raise DataError(f"cannot reach {url!r}: {error or type(error).__name__}") from error
 
 
-def open_file(path: str, again: bool = False) -> BinaryIO:
+def open_file(path: str, glance: bool = False, again: bool = False) -> BinaryIO:
     """Opens a local path or a URL for reading, from the beginning on.
 
     Args:
         path: The path or URL.
+        glance: Little of it will be read; object storage is otherwise read in blocks of up to 50 MiB.
         again: The first try failed. Web servers are asked for a file block by block first, which outlives pauses of
             the reader; some give files from beginning to end only, which the second try asks for.
     """
     if not is_remote(path):
         return open(path, "rb", buffering=1 << 20)
-    system, inside = open_storage(path)
     if not (again and path.startswith(("http://", "https://"))):
-        return system.open(inside, "rb")
+        system, inside = open_storage(path)
+        return system.open(inside, "rb", **({"block_size": 1 << 20} if glance else {}))
     from aiohttp import ClientTimeout
 
-    return system.open(inside, "rb", block_size=0, timeout=ClientTimeout(total=None, sock_read=60))
+    # A file is as long under way as its samples take to be extracted.
+    patient = {"timeout": ClientTimeout(total=None, sock_read=60)}
+    system, inside = open_storage(path, client_kwargs=patient)
+    return system.open(inside, "rb", block_size=0)
 
 
 def find_shards(given: str, kind: str) -> tuple[str, str, dict[str, int | None]]:
@@ -156,7 +160,7 @@ def _remote(base: str, pattern: str, suffixes: tuple[str, ...]) -> dict[str, int
 
 
 def _root(paths: list[str]) -> str:
-    folders = [path.split("/")[:-1] for path in paths] or [[]]
+    folders = [folder.split("/") for folder in {path.rpartition("/")[0] for path in paths}] or [[]]
     first, last = min(folders), max(folders)
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return "/".join(first[:same])

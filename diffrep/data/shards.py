@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -149,6 +149,7 @@ class ShardSet:
         index: int,
         read: Callable[[int, Watched], Iterator[T]],
         pause: Callable[[float], object] = time.sleep,
+        glance: bool = False,
     ) -> Iterator[T]:
         """Gives what `read` finds in a shard, each thing once, however often the storage fails on the way."""
         path, given, failure = f"{self.root}/{self.shards[index]}", 0, None
@@ -156,7 +157,7 @@ class ShardSet:
             if attempt:
                 pause(PAUSE * 2 ** (attempt - 1))
             try:
-                with _opened(path, attempt > 0) as file:
+                with _opened(path, glance, attempt > 0) as file:
                     for item in islice(read(index, file), given, None):
                         given += 1
                         yield item
@@ -199,7 +200,7 @@ class ShardSet:
         problem = None
         for index in shards:
             try:
-                for found in self._retried(index, read):
+                for found in self._retried(index, read, glance=True):
                     if not isinstance(found, Sample) or found.problem is None:
                         return found
             except StorageError:
@@ -208,22 +209,11 @@ class ShardSet:
                 problem = problem or error
         return problem
 
-    def _indexed(self, *_: object) -> NoReturn:
-        raise ConfigError(
-            f"{self.root!r} is streamed: only `diffrep extract` reads such a set, and nobody has counted its samples. "
-            "Use data.stream=false with a local copy, or extract its features and go on with these"
-        )
-
-    __len__ = __getitem__ = id = label = subset = _indexed
-
-    def __bool__(self) -> bool:
-        return True
-
 
 @contextmanager
-def _opened(path: str, again: bool) -> Iterator[Watched]:
+def _opened(path: str, glance: bool, again: bool) -> Iterator[Watched]:
     try:
-        file = open_file(path, again)
+        file = open_file(path, glance, again)
     except MISSING as error:
         raise DataError(f"is missing: {error}") from error
     except DiffrepError:

@@ -18,7 +18,7 @@ from diffrep.backbones import Backbone, load_backbone
 from diffrep.backbones.checkpoint import read_tensors
 from diffrep.backbones.conditioning import Condition
 from diffrep.config import BackboneConfig, ExtractConfig, to_plain, to_yaml
-from diffrep.data import ImageSet, ShardSet, open_images
+from diffrep.data import ImageSet, ShardSet, open_data
 from diffrep.errors import ConfigError, DataError
 from diffrep.extract.extractor import Extractor
 from diffrep.extract.features import Features
@@ -57,11 +57,9 @@ class ExtractJob:
         dist.worker()  # first: it gives each process its own GPU, where device "auto" then loads the network
         self.config = config
         self.backbone = backbone or open_backbone(config.backbone)
-        self.images = images or open_images(config.data, self.backbone.image_channels)
+        self.images = images or open_data(config.data, self.backbone.image_channels)
         self.cond = read_cond(config.cond)
         adaptive = config.batch_size == "auto"
-        if config.backbone.compile == "cudagraphs" and not config.pad:
-            raise ConfigError("compile=cudagraphs replays one shape; it needs pad=true")
         self.extractor = Extractor(
             self.backbone, config.request, 64 if adaptive else config.batch_size, pad=config.pad, adaptive=adaptive
         )
@@ -191,7 +189,7 @@ class ExtractJob:
         """Returns what reads the units' samples, once the batch size is known."""
         config, size, images = self.config, self.batch_size, self.images
         if config.latents is not None:
-            return open_latents(config.latents, config, self.backbone, images)
+            return open_latents(config.latents, config, self.backbone, images, size)
         pin = self.backbone.device.type == "cuda"
         kind = StreamFeed if isinstance(images, ShardSet) else ImageFeed
         return kind(images, size, config.workers, config.prefetch, pin)
@@ -200,7 +198,8 @@ class ExtractJob:
     def batch_size(self) -> int:
         """Rows of one forward; measured where the config says "auto"."""
         if self.config.batch_size == "auto":
-            self.extractor.batch_size = find_batch_size(self.extractor, *self._size, self.cond)
+            encode = self.config.latents is None
+            self.extractor.batch_size = find_batch_size(self.extractor, *self._size, self.cond, encode)
         return self.extractor.batch_size
 
     def read(self, batch: Batch) -> Features | None:

@@ -14,6 +14,8 @@ from diffrep.errors import DiffrepError
 
 # Where accelerate's list ends: memory that libraries take beside torch's allocator.
 OTHERS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# All that oneDNN, which runs convolutions on CPUs, says where memory is short.
+ONEDNN = ("could not create a primitive", "could not execute a primitive", "could not create a memory object")
 # Where Linux mounts control groups, of the second version and of the first, with the files that hold the limit of
 # memory, what is used of it, and the name of the share of that which the kernel gives up when it is needed.
 CONTROL_GROUPS = (
@@ -93,7 +95,7 @@ class Batching:
 
 def _is_out_of_memory(error: Exception) -> bool:
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
-    return known or any(text in str(error) for text in OTHERS)
+    return known or str(error).strip() in ONEDNN or any(text in str(error) for text in OTHERS)
 
 
 def clear_memory() -> None:

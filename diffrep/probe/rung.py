@@ -100,9 +100,9 @@ class _SharedEncoding(Extractor):
         super().__init__(backbone, request, batch_size)
         self.encoded = encoded
 
-    def _encode(self, images: torch.Tensor) -> Posterior:
+    def encode(self, images: torch.Tensor) -> Posterior:
         if id(images) not in self.encoded:
-            self.encoded[id(images)] = super()._encode(images)
+            self.encoded[id(images)] = super().encode(images)
         return self.encoded[id(images)]
 
 

@@ -24,7 +24,7 @@ from diffrep.probe.task import Task
 from diffrep.probe.trained_data import CHECKPOINT, Order, Pair, Samples
 from diffrep.probe.trained_net import batch_norms, build_head, check_shapes, evaluate, norm_of, set_standard
 from diffrep.store import FeatureStore
-from diffrep.store.layout import INDEX, changes, read_json, write_json, write_whole
+from diffrep.store.layout import changes, read_json, write_json, write_whole
 
 RUN, FINISHED = "run.json", "finished.safetensors"
 # What may change between a run and its resume without changing a single number; the features stand in for `store`,
@@ -183,8 +183,6 @@ def _claim(
 ) -> None:
     """Takes the run folder, or refuses one that holds another run."""
     plain = {key: value for key, value in to_plain(config).items() if key not in FREE_KEYS}
-    # The units' checksums say what the features are, wherever the store lies now.
-    files = [unit["sha256"] for unit in read_json(store.path / INDEX)["units"]]
     splits = [rows.tolist() for rows in (task.train, task.val, task.test)]
     wanted = {
         "kind": kind,
@@ -192,7 +190,7 @@ def _claim(
         "seed": seed,
         "metric": metric,
         "read": ["@".join(pair) for pair in pairs],
-        "features": digest(files),
+        "features": store.digest,
         "samples": digest([splits, task.labels.tolist()]),
     }
     begun = any((out / name).exists() for name in (CHECKPOINT, FINISHED))

@@ -137,6 +137,7 @@ class _Check:
         self.shapes = {f"{la}@{le}": shape for la, shape in read_shapes(place, meta).items() for le in levels}
         self.report = Report(place.target, len(self.units), place.size(INDEX) is not None, index_only)
         self.ids: dict[int, np.ndarray] = {}
+        self.totals = {"samples": 0, "skipped": 0, "bytes": 0}
 
     def run(self) -> Report:
         report = self.report
@@ -147,6 +148,8 @@ class _Check:
             # A folder's listing is a request, and on this machine bound by the interpreter.
             for folder, sizes in zip(folders, _ahead(pool, self._sizes, folders, self.local), strict=True):
                 self._check_folder(folder, sizes, told, pool)
+        if told is not None and not report.indexes and self.totals != {key: told[key] for key in self.totals}:
+            report.indexes[INDEX] = f"its sums are not those of the folders, {self.totals}"
         if not self.index_only:
             report.duplicates = self._duplicates()
         return report
@@ -180,13 +183,16 @@ class _Check:
 
     def _check_folder(self, folder: int, sizes: dict[str, int], told: Any, pool: ThreadPoolExecutor) -> None:
         report, numbers, name = self.report, self.units.in_folder(folder), folder_name(folder)
-        there = [number for number in pick_finished(sizes, folder).tolist() if number < len(self.units)]
-        for number in sorted(set(numbers).difference(there)):
-            if f"{number:07d}.json" in sizes:
-                report.damaged[number] = "its JSON is there and its tensors are not"
-            else:
-                report.missing.append(number)
-        if len(sizes) > 2 * len(there):
+        for number in numbers:
+            if f"{number:07d}.json" in sizes and f"{number:07d}.safetensors" not in sizes:
+                size = self.place.size(tensor_name(number))
+                if size is None:
+                    report.damaged[number] = "its JSON is there and its tensors are not"
+                else:  # both were written while the folder was listed
+                    sizes[f"{number:07d}.safetensors"] = size
+        there = pick_finished(sizes, numbers)
+        report.missing += sorted(set(numbers).difference(there, report.damaged))
+        if len(sizes) > 2 * len(there) + (INDEX in sizes):
             for file in sorted(sizes):
                 if is_temporary(file):
                     report.stray.append(f"{name}/{file}")
@@ -194,15 +200,17 @@ class _Check:
                     report.unknown.append(f"{name}/{file}")
         index = self._folder_index(folder, INDEX in sizes, None if told is None else told["folders"][folder])
         if index is not None:
-            for number in there:
-                found, wanted = sizes[f"{number:07d}.safetensors"], int(index.bytes[number - numbers.start])
-                if found != wanted:
-                    report.damaged[number] = f"its tensors have {found} bytes, and the index says {wanted}"
+            if self.index_only:
+                for number in there:
+                    found = sizes[f"{number:07d}.safetensors"]
+                    if found != index.bytes[number - numbers.start]:
+                        self._judge_size(number, found)
+            for key in self.totals:
+                self.totals[key] += int(getattr(index, key).sum())
             if self.counted:
                 self._count(index, folder_index(folder))
         if not self.index_only:
-            rest = [number for number in there if number not in report.damaged]
-            for number, reason, agrees in pool.map(lambda one: self._check_unit(one, index), rest):
+            for number, reason, agrees in pool.map(lambda one: self._check_unit(one, index), there):
                 if reason is not None:
                     report.damaged[number] = reason
                 elif not agrees:
@@ -232,6 +240,19 @@ class _Check:
         ):
             self.report.indexes[name] = f"not the one that {INDEX} tells of"
         return index
+
+    def _judge_size(self, number: int, found: int) -> None:
+        """Asks a unit's JSON which is wrong, its tensors or the index that tells of another size."""
+        name = info_name(number)
+        try:
+            wanted = parse_unit(read_inside(self.place, name), self.place.where(name), number, self.units).bytes
+        except StoreError as error:
+            self.report.damaged[number] = str(error)
+            return
+        if found == wanted:
+            self.report.disagree.append(number)
+        else:
+            self.report.damaged[number] = f"its tensors have {found} bytes in place of {wanted}"
 
     def _count(self, index: FolderIndex, name: str) -> None:
         sizes = np.array([len(self.units[number].rows) for number in index.units])

@@ -22,6 +22,7 @@ from diffrep.errors import StoreError
 from diffrep.store.finished import Finished
 from diffrep.store.layout import (
     CLAIMS,
+    INDEX,
     PER_FOLDER,
     Unit,
     Units,
@@ -35,20 +36,28 @@ from diffrep.store.processes import is_gone, this_process
 
 INDEX_CLAIM = f"{CLAIMS}/index"
 TOKENS = re.compile(r"[0-9A-Za-z-]{1,64}")
-# Folders among which a process that has run into another one's stretch chooses the emptiest.
-CHOICE = 3
+# Folders among which a process that has run into another one's stretch chooses the emptiest, and how many it looks
+# into before it waits: at the end of a big job a thousand processes look for the last units.
+CHOICE, MOST = 2, 6
+# Claims that an idle process begins to observe at a time.
+LOOKS = 32
 # A look at all folders takes place at most this many times its own duration after the last.
 PATIENCE = 20
 
 
 @dataclass
 class _Seen:
-    """What an observer knows of somebody's claim: its stamp, since when, and whom it names."""
+    """What an observer knows of somebody's claim: its stamp, since when, whom it names, and whether that one is gone.
+
+    `looked` and `asked` are the times of the last look at the file and at the process.
+    """
 
     stamp: str | None = None
     since: float = 0.0
     looked: float = float("-inf")
     owner: dict[str, Any] | None = None
+    asked: float = float("-inf")
+    gone: bool = False
 
 
 class Claims:
@@ -75,8 +84,8 @@ class Claims:
         self._random = np.random.default_rng(int(self.token, 16))
         self._finished = Finished(place, units)
         self._at: int | None = None
-        # The missing units, once all of them are claimed by others.
-        self._waiting: set[int] | None = None
+        # Folders in which every missing unit was claimed.
+        self._taken: set[int] = set()
         self._seen: dict[int, _Seen] = {}
         self._index = _Seen()
         self._mine: set[str] = set()
@@ -103,14 +112,14 @@ class Claims:
         if self._at is None:
             self.refresh()
             self._at = self._beginning()
-        while self._waiting is None:
+        while True:
             number = self._finished.next_missing(self._at)
             if number is not None and self._claim(number):
                 self._at = number + 1
                 return self.units[number]
-            if not self._move():
-                break
-        return self._take_over()
+            claimed = self._claimed()
+            if not self._move(claimed):
+                return self._take_over(claimed)
 
     def take_index(self) -> bool:
         """Claims the writing of index.json; False while another process has it."""
@@ -142,8 +151,6 @@ class Claims:
         self._release(claim_name(number))
         if self.place.size(info_name(number)) is not None:
             self._mark(number)
-        elif self._waiting is not None:
-            self._waiting.add(number)
 
     def release_all(self) -> None:
         """Gives all claims back."""
@@ -156,8 +163,10 @@ class Claims:
         Raises:
             StoreError: The place cannot be read.
         """
-        if self._waiting is not None:
+        if self._at == len(self.units):
             self._settle(self._claimed())
+            if self.place.size(INDEX) is not None:
+                self._finished.look()
         elif (began := time.monotonic()) >= self._look_again:
             self._finished.look()
             now = time.monotonic()
@@ -166,8 +175,6 @@ class Claims:
     def _mark(self, number: int) -> None:
         self._finished.mark(number)
         self._seen.pop(number, None)
-        if self._waiting is not None:
-            self._waiting.discard(number)
 
     def _beginning(self) -> int:
         missing = self._finished.missing()
@@ -191,54 +198,53 @@ class Claims:
         if self.place.size(info_name(number)) is not None:
             self.release(number)
             return False
-        if self._waiting is not None:
-            self._waiting.discard(number)
         return True
 
-    def _move(self) -> bool:
-        """Goes to a long stretch where nobody works; False when every missing unit is claimed."""
-        claimed, longest = self._claimed(), range(0)
+    def _move(self, claimed: set[int]) -> bool:
+        """Goes to a long stretch where nobody works; False when none is found."""
+        self._settle(claimed)
         self._seen = {number: seen for number, seen in self._seen.items() if number in claimed}
-        folders = self._random.permutation(self._finished.open_folders()).tolist()
-        while folders and not longest:
-            now, folders = folders[:CHOICE], folders[CHOICE:]
-            self._finished.look_into(now)
-            for folder in now:
-                missing = self._finished.missing(folder).tolist()
-                self._note([number for number in missing if number in claimed])
-                longest = max(longest, _longest([number for number in missing if number not in claimed]), key=len)
-        if not longest:
-            mine = self._numbers()
-            self._waiting = {number for number in self._finished.missing().tolist() if number not in mine}
-            return False
-        self._at = longest.start
-        if any(longest.start - PER_FOLDER <= number < longest.start for number in claimed):
+        folders = [folder for folder in self._finished.open_folders().tolist() if folder not in self._taken]
+        self._random.shuffle(folders)
+        if claimed - self._numbers():
+            del folders[MOST:]
+        longest = range(0)
+        for start in range(0, len(folders), CHOICE):
+            longest = max([self._free(folder, claimed) for folder in folders[start : start + CHOICE]], key=len)
+            if longest:
+                break
+        self._at = longest.start if longest else len(self.units)
+        if longest and any(longest.start - PER_FOLDER <= number < longest.start for number in claimed):
             # Somebody comes this way from before it: the first part is theirs.
             self._at += int(self._random.integers(len(longest) // 4, len(longest) * 3 // 4 + 1))
-        return True
+        return bool(longest)
 
-    def _note(self, numbers: list[int]) -> None:
-        """Begins to observe claims, so that at the end of the job it is known which of them are stale."""
-        for number in set(numbers) - self._numbers() - self._seen.keys():
+    def _free(self, folder: int, claimed: set[int]) -> range:
+        """Looks into a folder and returns its longest stretch of missing units that nobody has claimed."""
+        self._finished.look_into([folder])
+        missing = set(self._finished.missing(folder).tolist())
+        # To know at the end of the job which claims are stale.
+        for number in (missing & claimed) - self._numbers() - self._seen.keys():
             self._is_stale(claim_name(number), self._seen.setdefault(number, _Seen()))
+        if not missing - claimed:
+            self._taken.add(folder)
+        return _longest(sorted(missing - claimed))
 
-    def _settle(self, claimed: set[int]) -> list[int]:
-        """Looks at the awaited units whose claims are gone; marks the finished ones and returns the others."""
-        free = []
-        for number in self._waiting - claimed:
-            if self.place.size(info_name(number)) is not None:
-                self._mark(number)
-            else:
-                free.append(number)
-        return free
+    def _settle(self, claimed: set[int]) -> None:
+        """Looks at the units of taken folders whose claims are gone: they are finished, or were given back."""
+        for folder in list(self._taken):
+            for number in set(self._finished.missing(folder).tolist()) - claimed:
+                if self.place.size(info_name(number)) is not None:
+                    self._mark(number)
+                else:
+                    self._taken.discard(folder)
 
-    def _take_over(self) -> Unit | None:
-        for number in self._settle(self._claimed()):
-            if self._claim(number):
-                return self.units[number]
-        for number in list(self._waiting):
+    def _take_over(self, claimed: set[int]) -> Unit | None:
+        others = claimed - self._numbers()
+        new = self._random.permutation(sorted(others - self._seen.keys()))[:LOOKS].astype(int).tolist()
+        for number in sorted(others & self._seen.keys()) + new:
             seen = self._seen.setdefault(number, _Seen())
-            if self._is_stale(claim_name(number), seen) and self._claim(number):
+            if number < len(self.units) and self._is_stale(claim_name(number), seen) and self._claim(number):
                 return self.units[number]
         return None
 
@@ -247,7 +253,9 @@ class Claims:
         if now - seen.looked >= self.lease / 4:
             seen.looked = now
             self._observe(name, seen)
-        if seen.stamp is None or not (now - seen.since >= self.lease or is_gone(seen.owner)):
+        if now - seen.asked >= 1 and not seen.gone:
+            seen.asked, seen.gone = now, is_gone(seen.owner)
+        if seen.stamp is None or not (now - seen.since >= self.lease or seen.gone):
             return False
         # Once more: it may have been renewed, or seized by another observer.
         before = seen.stamp
@@ -259,6 +267,7 @@ class Claims:
         if stamp != seen.stamp:
             seen.stamp, seen.since = stamp, time.monotonic()
             seen.owner = None if stamp is None else self._read_owner(name)
+            seen.asked, seen.gone = float("-inf"), False
 
     def _seize(self, name: str) -> None:
         # Of two that seize at once the later one has it; the other one learns of it before it publishes.

@@ -21,6 +21,8 @@ from diffrep.store.tensors import MemoryUnit, Rows, UnitFile, open_unit, plain_t
 # Files that are mapped at once, for each of the last tensors that were read: Linux allows some 65,000.
 OPEN = 1024
 LAST = 8
+# Ids that are kept, about: some 80 MB.
+IDS = 1_000_000
 # Behind all that can be mapped, and small enough for a row's place to be added.
 ABSENT = 2**62
 
@@ -67,7 +69,7 @@ class UnitFiles:
 
     def _begin(self) -> None:
         self.open = lru_cache(OPEN)(self._open)
-        self.ids = lru_cache(16)(self.read_ids)
+        self.ids = lru_cache(max(1, IDS * len(self) // int(self.ends[-1])))(self.read_ids)
         self._ready: dict[str, _Ready] = {}
         self._lock = threading.Lock()
 
@@ -112,6 +114,21 @@ class UnitFiles:
                 "'diffrep store repair'"
             )
         return info.ids
+
+    def ids_of(self, rows: np.ndarray) -> list[str]:
+        """Returns the ids of samples at positions (n,) int64; each unit is read once.
+
+        Raises:
+            IndexError: A position is not in the store.
+            StoreError: As `read_ids`.
+        """
+        if len(rows) and not (rows.min() >= 0 and rows.max() < self.ends[-1]):
+            raise IndexError(f"samples {rows.min()} to {rows.max()} of {self.ends[-1]}")
+        units = np.searchsorted(self.ends, rows, "right")
+        wanted, of = np.unique(units, return_inverse=True)
+        lists = list(several(self._place, self.ids, wanted.tolist()))
+        places = rows - self.starts[units]
+        return [lists[unit][place] for unit, place in zip(of.tolist(), places.tolist(), strict=True)]
 
     def whole(self, name: str, units: range) -> torch.Tensor:
         """Returns all rows (N, ...) of a tensor in units that follow each other.

@@ -95,22 +95,11 @@ class Finished:
         if self.place.size(folder_index(folder)) is not None:
             self._bits[folder] = 255
             return
-        found = np.zeros(PER_FOLDER, dtype=bool)
-        found[list_finished(self.place, folder) - folder * PER_FOLDER] = True
-        self._bits[folder] |= np.packbits(found)
+        for number in pick_finished(self.place.list(folder_name(folder)), self.missing(folder).tolist()):
+            self.mark(number)
 
 
-def list_finished(place: Place, folder: int) -> np.ndarray:
-    """Returns the units of a folder of which both files are there, int64, by listing it."""
-    return pick_finished(place.list(folder_name(folder)), folder)
-
-
-def pick_finished(files: Iterable[str], folder: int) -> np.ndarray:
-    """Returns the units of which both files are among a folder's, int64, ascending."""
-    files = list(files)
-    infos = {name[: -len(".json")] for name in files if name.endswith(".json")}
-    both = infos.intersection(name[: -len(".safetensors")] for name in files if name.endswith(".safetensors"))
-    # In the form that `info_name` gives numbers, and no other one.
-    stems = (stem for stem in both if len(stem) < 19 and stem.isascii() and stem.isdigit())
-    numbers = np.array(sorted(int(stem) for stem in stems if f"{int(stem):07d}" == stem), dtype=np.int64)
-    return numbers[numbers // PER_FOLDER == folder]
+def pick_finished(files: Iterable[str], numbers: Iterable[int]) -> list[int]:
+    """Returns those units of which both files are among a folder's."""
+    names = set(files)
+    return [n for n in numbers if f"{n:07d}.json" in names and f"{n:07d}.safetensors" in names]

@@ -58,8 +58,9 @@ class Folders:
         folder = self._known.setdefault(number, _Folder())
         if folder.missing is not None and folder.since < folder.missing // PART:
             return False
-        there = pick_finished(self.place.list(folder_name(number)), number)
-        folder.missing, folder.since = len(self.units.in_folder(number)) - len(there), 0
+        numbers = self.units.in_folder(number)
+        there = pick_finished(self.place.list(folder_name(number)), numbers)
+        folder.missing, folder.since = len(numbers) - len(there), 0
         if folder.missing:
             return False
         self._write(number)
@@ -89,8 +90,12 @@ class Folders:
         return [unit for unit, skipped in zip(index.units, index.skipped, strict=True) if skipped]
 
     def _finish(self, number: int) -> tuple[dict[str, Any] | None, int]:
-        files, folder = self.place.list(folder_name(number)), folder_name(number)
-        missing = len(self.units.in_folder(number)) - len(pick_finished(files, number))
+        files, folder, numbers = (
+            self.place.list(folder_name(number)),
+            folder_name(number),
+            self.units.in_folder(number),
+        )
+        missing = len(numbers) - len(pick_finished(files, numbers))
         if missing:
             return None, missing
         for name in filter(is_temporary, files):

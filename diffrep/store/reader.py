@@ -143,7 +143,7 @@ class FeatureStore(Dataset):
         Raises:
             IndexError: A position is not in the store.
         """
-        return [self._files.ids(unit)[place] for unit, place in map(self._files.locate, rows.tolist())]
+        return self._files.ids_of(rows)
 
     def labels_of(self, rows: np.ndarray) -> torch.Tensor | None:
         """Returns the labels of some samples at positions (n,), (n,) or (n, L) int64; None where there are none.

@@ -169,6 +169,8 @@ class RemotePlace(Place):
             if what == "read":
                 raise StoreError(f"{self.where(name)} is missing") from error
             raise self._cannot(what, name, error) from error
+        except StoreError:  # of the parts of a file, or of who is asked about it
+            raise
         except Exception as error:
             raise self._cannot(what, name, error) from error
 
@@ -226,23 +228,28 @@ class RemotePlace(Place):
 
     def _create(self, name: str, content: bytes) -> bool:
         mode = next((EXCLUSIVE_MODES[key] for key in _protocols(self._fs) if key in EXCLUSIVE_MODES), None)
+        return self._try("write", name, lambda path: self._put(path, content, mode))
 
-        def put(path: str) -> bool:
-            try:
-                if mode is None:
-                    self._fs.pipe_file(path, content, mode="create")
-                else:
-                    self._make_parent(path)
-                    with self._fs.open(path, mode) as file:
-                        file.write(content)
-            except Exception as error:
-                # Not every file system says "exists" when it does.
-                if isinstance(error, FileExistsError) or self._is_conflict(error) or (mode and self._fs.exists(path)):
-                    return False
-                raise
-            return True
-
-        return self._try("write", name, put)
+    def _put(self, path: str, content: bytes, mode: str | None) -> bool:
+        try:
+            if mode is None:
+                self._fs.pipe_file(path, content, mode="create")
+                return True
+            self._make_parent(path)
+            file = self._fs.open(path, mode)
+        except Exception as error:
+            # Not every file system says "exists" when it does.
+            if isinstance(error, FileExistsError) or self._is_conflict(error) or (mode and self._fs.exists(path)):
+                return False
+            raise
+        try:
+            with file:
+                file.write(content)
+        except BaseException:
+            with suppress(Exception):
+                self._fs.rm_file(path)
+            raise
+        return True
 
     @staticmethod
     def _is_conflict(error: Exception) -> bool:

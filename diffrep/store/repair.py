@@ -52,8 +52,12 @@ class Repair:
             lines.append(f"{self.missing:,} units are missing; run the same 'diffrep extract' again to make them")
         elif self.finished:
             lines.append("the store is finished")
-        else:
+        elif self.dry_run:
             lines.append("all units are there; without --dry-run the indexes are written again")
+        else:
+            lines.append(
+                "all units are there; whoever holds the claims writes the indexes, or --watch finds them stale"
+            )
         return "\n".join(lines)
 
 

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from diffrep.errors import StoreError
-from diffrep.store.finished import REQUESTS, list_finished
+from diffrep.store.finished import REQUESTS, pick_finished
 from diffrep.store.index import FolderIndex, UnitInfo, parse_folder, parse_index, parse_unit
 from diffrep.store.inside import read_inside
-from diffrep.store.layout import CHECKSUM, INDEX, META, Units, checksum, folder_index, info_name
+from diffrep.store.layout import CHECKSUM, INDEX, META, Units, checksum, folder_index, folder_name, info_name
 from diffrep.store.place import Place
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -115,8 +115,8 @@ def read_part(place: Place, units: Units) -> UnitTable:
         name = folder_index(folder)
         if place.size(name) is not None:
             return UnitTable.of_folder(parse_folder(read_inside(place, name), place.where(name), folder, units))
-        numbers = list_finished(place, folder).tolist()
-        return UnitTable.of_units([read_info(place, number, units) for number in numbers if number < len(units)])
+        numbers = pick_finished(place.list(folder_name(folder)), units.in_folder(folder))
+        return UnitTable.of_units([read_info(place, number, units) for number in numbers])
 
     return _plausible(place, UnitTable.joined(several(place, read, range(units.folders))))
 

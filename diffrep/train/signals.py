@@ -23,8 +23,10 @@ class StopRequest(StopSignal):
     def __init__(self, accelerator: Accelerator):
         super().__init__()
         self._accelerator = accelerator
-        # When the processes last asked one another, after which step, and after which they do next.
-        self._asked, self._last, self._next = time.monotonic(), 0, 0
+        # When the processes last asked one another, after which step, and after which they do next. A run that goes on
+        # begins at any step.
+        self._asked, self._next = time.monotonic(), 0
+        self._last: int | None = None
 
     def asked(self, step: int) -> bool:
         """Tells, the same on all processes, whether one of them was asked to end before this step is over."""
@@ -34,7 +36,7 @@ class StopRequest(StopSignal):
         if step < self._next:
             return False
         now = time.monotonic()
-        spent = (now - self._asked) / max(1, step - self._last)
+        spent = (now - self._asked) / (1 if self._last is None else step - self._last)
         mine = torch.tensor([float(self.name is not None), spent], device=accelerator.device)
         asked, spent = accelerator.reduce(mine, "mean").tolist()  # the same everywhere, and so is what follows
         self._asked, self._last, self._next = now, step, step + max(1, int(EVERY / spent))

@@ -33,12 +33,15 @@ COUNTED = ("create", "read", "size", "list", "sizes", "folders", "stamp", "touch
 # Of a rank that lives; of one that looks for dead ones.
 LEASE, SHORT = 300.0, 1.0
 SEED = 0
+# Ranks without a unit that look again in each turn; the others sleep.
+AGAIN = 16
 COLUMNS = {
     "count": ",.0f",
     "seconds": ",.2f",
     "per_second": ",.0f",
     "operations": ".2f",
     "collisions": ".4f",
+    "late": ".4f",
     "index_operations": ".2f",
     "index_seconds": ",.1f",
     "before_mb": ",.0f",
@@ -133,9 +136,11 @@ class Ranks:
         self.folders = [Folders(self.indexes, self.units) for _ in range(ranks)]
         self.random = np.random.default_rng(SEED)
         self.speeds = self.random.uniform(0.25, 1, ranks)
-        self.held = {}
-        self.made = 0
+        self.held, self.waiting = {}, set()
+        self.taken = self.made = 0
         self.seconds = Counter()
+        # Of takes that gave nothing: how many, their seconds and calls.
+        self.idle, self.idle_seconds, self.idle_calls = 0, 0.0, Counter()
 
     def timed(self, part, call, *given):
         """Calls something and counts its seconds as a part's."""
@@ -145,10 +150,19 @@ class Ranks:
         return found
 
     def take(self, rank):
-        """Lets a rank take a unit, if it can have one."""
+        """Lets a rank take a unit; one that gets none waits."""
+        calls, seconds = self.place.calls.copy(), self.seconds["take"]
         unit = self.timed("take", self.claims[rank].take)
         if unit is not None:
             self.held[rank] = unit
+            self.taken += 1
+            self.waiting.discard(rank)
+            return
+        self.waiting.add(rank)
+        self.idle += 1
+        self.idle_seconds += self.seconds["take"] - seconds
+        self.idle_calls += self.place.calls - calls
+        self.place.calls, self.seconds["take"] = calls, seconds
 
     def finish(self, rank):
         """Lets a rank finish its unit."""
@@ -159,22 +173,24 @@ class Ranks:
         self.made += 1
 
     def until(self, made):
-        """Goes on until so many units are there, or nobody has one; fast ranks come more often than slow ones."""
+        """Goes on until so many units are there; fast ranks come more often than slow ones."""
         said = time.monotonic()
-        while self.made < made and self.held:
+        while self.made < made:
             for rank in self.random.permutation(list(self.held)).tolist():
                 if self.random.random() > self.speeds[rank] or self.made >= made:
                     continue
                 self.finish(rank)
+                self.take(rank)
+            for rank in sorted(self.waiting)[:AGAIN] if self.made < made else ():
                 self.take(rank)
             if time.monotonic() - said > 60:
                 said = time.monotonic()
                 print(f"{self.made:,} of {made:,} units", file=sys.stderr, flush=True)
 
     def row(self, step, claims=None):
-        """Returns what was counted since the last row; claims that were not made but seized are given."""
+        """Returns what was counted since the last row, for each unit taken; `claims` for those of another process."""
         took = self.seconds["take"] + self.seconds["release"]
-        claims = claims or self.place.calls["create"] - self.place.calls["collision"]
+        claims, self.taken = claims or self.taken, 0
         operations, looks = (sum(place.calls[name] for name in COUNTED) for place in (self.place, self.indexes))
         row = {
             "step": step,
@@ -182,7 +198,9 @@ class Ranks:
             "seconds": took,
             "per_second": claims / took,
             "operations": operations / claims,
+            # Claims that others had, and claims of units that others had finished.
             "collisions": self.place.calls["collision"] / claims,
+            "late": max(0, self.place.calls["create"] - self.place.calls["collision"] - claims) / claims,
             "index_operations": looks / claims,
             "index_seconds": self.seconds["close"],
         }
@@ -190,6 +208,16 @@ class Ranks:
         self.indexes.calls.clear()
         self.seconds.clear()
         return row
+
+    def idle_row(self):
+        """Returns what it takes a rank to find nothing that is free."""
+        return {
+            "step": "takes that gave nothing",
+            "count": self.idle,
+            "seconds": self.idle_seconds,
+            "per_second": self.idle / max(self.idle_seconds, 1e-9),
+            "operations": sum(self.idle_calls[name] for name in COUNTED) / max(1, self.idle),
+        }
 
 
 def work(folder, options, measure):
@@ -206,10 +234,9 @@ def work(folder, options, measure):
     dead = [rank for rank in all_ranks.held if rank % 16 == 1]
     for rank in dead:
         del all_ranks.held[rank]
-    all_ranks.until(units)
+    all_ranks.until(units - len(dead))
     rows.append(all_ranks.row(f"the last {2 * ranks:,} units"))
-    assert all_ranks.made == units - len(dead), "only the dead ranks' units are left"
-    return rows + [take_over(all_ranks, len(dead))]
+    return [*rows, all_ranks.idle_row(), take_over(all_ranks, len(dead))]
 
 
 def take_over(ranks, dead):

@@ -2,13 +2,13 @@
 
     python scripts/bench/store.py [--rounds 15] [--others 3] [--folder DIR] [--json FILE]
 
-The same fp16 features go through every format: vectors (20,000 x 1,024) and maps (1,000 x 256 x 16 x 16). All take
-turns within each round and medians are printed, so that a busy machine disturbs all alike. The page cache is warm;
-what is written is removed between the calls, outside of the timing.
+The same fp16 features go through every format: vectors (20,000 x 1,024), in units of 1,000 and of 10,000, and maps
+(1,000 x 256 x 16 x 16). All take turns within each round and medians are printed, so that a busy machine disturbs all
+alike. The page cache is warm; what is written is removed between the calls, outside of the timing.
 
 - Writing is compared with `safetensors.torch.save_file` of the same tensors, in as many files as the store has units.
   A store's units are written with their JSON and checksum. "no fsync" turns `os.fsync` off in this script alone, as
-  `save_file` does not call it; the rows with fsync are compared with each other by "ratio (fsync)".
+  `save_file` does not call it; in the rows with fsync each file is synced, and a store's folders too.
 - Sequential reading copies everything once, as tensors, in blocks of 256 vectors or 32 maps. A random batch is 256
   vectors or 32 maps in ascending order, ten batches a call. Both are compared with one mapped numpy file.
 
@@ -20,6 +20,7 @@ import os
 import shutil
 import tempfile
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,8 +33,12 @@ from diffrep import FeatureStore
 from diffrep.store import StoreWriter
 from diffrep.store.export import export_store
 
-CASES = {"vectors": ((20_000, 1024), 256), "maps": ((1_000, 256, 16, 16), 32)}
-UNIT = 1000
+# Shape, samples of a batch, and samples of a unit.
+CASES = {
+    "vectors": ((20_000, 1024), 256, 1000),
+    "vectors 10k": ((20_000, 1024), 256, 10_000),
+    "maps": ((1_000, 256, 16, 16), 32, 1000),
+}
 BATCHES = 10
 # Module, package to install, and what it is called here.
 OTHERS = {
@@ -64,13 +69,13 @@ def fsync(path):
 class Plain:
     """`save_file`, a file for each unit; read back as one mapped numpy file, the yardstick of reading."""
 
-    def __init__(self, folder, features, sync=False):
-        self.folder, self.features, self.sync = folder, features, sync
+    def __init__(self, folder, features, unit, sync=False):
+        self.folder, self.features, self.unit, self.sync = folder, features, unit, sync
 
     def write(self):
         """Writes all features."""
-        for start in range(0, len(self.features), UNIT):
-            part = self.features[start : start + UNIT]
+        for start in range(0, len(self.features), self.unit):
+            part = self.features[start : start + self.unit]
             file = self.folder / f"{start}.safetensors"
             save_file({"x@t=0": part, "row": torch.arange(start, start + len(part))}, file)
             if self.sync:
@@ -93,7 +98,7 @@ class Plain:
 class Ours:
     """A store of one layer and level."""
 
-    def __init__(self, folder, features, sync=False):
+    def __init__(self, folder, features, unit, sync=False):
         self.folder, self.features, self.sync = folder / "store", features, sync
         self.ids = [f"class/{row:08d}.jpg" for row in range(len(features))]
         self.meta = {
@@ -101,7 +106,7 @@ class Ours:
             "levels": [["0", "t=0", 0, 1.0, 0.0]],
             "splits": {"all": [0, len(features)]},
             "classes": None,
-            "unit_size": UNIT,
+            "unit_size": unit,
         }
 
     def write(self):
@@ -130,10 +135,10 @@ class Ours:
 class Exported:
     """What `export_store` makes of a store."""
 
-    def __init__(self, folder, features, to):
+    def __init__(self, folder, features, unit, to):
         kept = folder.parent.with_name("kept") / to
         kept.mkdir(parents=True)
-        self.to, self.ours = to, Ours(kept, features)
+        self.to, self.ours = to, Ours(kept, features, unit)
         self.shape, self.out = features.shape[1:], folder / to
         self.ours.open()
 
@@ -150,8 +155,8 @@ class Exported:
 class Parquet(Exported):
     """Read by row groups: Parquet finds no row by its number."""
 
-    def __init__(self, folder, features):
-        super().__init__(folder, features, "parquet")
+    def __init__(self, folder, features, unit):
+        super().__init__(folder, features, unit, "parquet")
 
     def open(self):
         """Gets ready to read."""
@@ -182,8 +187,8 @@ class Parquet(Exported):
 class Lance(Exported):
     """Read by the library's own calls."""
 
-    def __init__(self, folder, features):
-        super().__init__(folder, features, "lance")
+    def __init__(self, folder, features, unit):
+        super().__init__(folder, features, unit, "lance")
 
     def open(self):
         """Gets ready to read."""
@@ -206,7 +211,7 @@ class Lance(Exported):
 class Zarr:
     """Chunks of a megabyte in shards, not compressed."""
 
-    def __init__(self, folder, features):
+    def __init__(self, folder, features, unit):
         self.folder, self.features = folder / "zarr", features
 
     def write(self):
@@ -244,17 +249,17 @@ class WebDataset:
 
     take = None
 
-    def __init__(self, folder, features):
-        self.folder, self.features = folder, features
+    def __init__(self, folder, features, unit):
+        self.folder, self.features, self.unit = folder, features, unit
 
     def write(self):
         """Writes all features."""
         import webdataset
 
         samples = self.features.numpy()
-        for start in range(0, len(samples), UNIT):
+        for start in range(0, len(samples), self.unit):
             with webdataset.TarWriter(str(self.folder / f"{start:06d}.tar")) as tar:
-                for row in range(start, min(start + UNIT, len(samples))):
+                for row in range(start, min(start + self.unit, len(samples))):
                     tar.write({"__key__": f"{row:08d}", "x.npy": samples[row]})
 
     def open(self):
@@ -281,14 +286,16 @@ def sequential(form, count, size):
 
 
 def measure_writing(forms, rounds, folder):
-    """Returns the median seconds of writing."""
+    """Returns the median seconds of writing; nothing of it stays."""
 
     def clear():
         for one in folder.iterdir():
             shutil.rmtree(one)
             one.mkdir()
 
-    return median_times(rounds, {name: form.write for name, form in forms.items()}, 1, clear)
+    seconds = median_times(rounds, {name: form.write for name, form in forms.items()}, warmups=1, before=clear)
+    clear()
+    return seconds
 
 
 def measure_reading(forms, rounds, features, size):
@@ -304,11 +311,19 @@ def measure_reading(forms, rounds, features, size):
     return median_times(rounds, whole, 1), median_times(rounds, some, 1)
 
 
-def compare(case, forms, rounds, features, size, folder):
+def compare(case, kinds, rounds, options):
     """Returns a row for each format: MB/s, and ratios to the first of them."""
-    written = measure_writing(forms, rounds, folder)
-    whole, some = measure_reading(forms, rounds, features, size)
-    first = next(iter(forms))
+    shape, size, unit = CASES[case]
+    torch.manual_seed(0)
+    features = torch.randn(round(shape[0] * options.share), *shape[1:]).half()
+    size, first = min(size, len(features)), next(iter(kinds))
+    with tempfile.TemporaryDirectory(dir=options.folder) as root:
+        folder, forms = Path(root) / "written", {}
+        for name, kind in kinds.items():
+            (folder / name).mkdir(parents=True)
+            forms[name] = kind(folder / name, features, unit)
+        written = measure_writing(forms, rounds, folder)
+        whole, some = measure_reading(forms, rounds, features, size)
     megabytes = features.nbytes / 1e6
     batches = megabytes * size * BATCHES / len(features)
     rows = []
@@ -332,7 +347,7 @@ def show(row):
         f"{row[key]:9.0f} {row[f'{key}_ratio']:6.3f}" if key in row else f"{'-':>9} {'-':>6}"
         for key in ("write", "read", "random")
     )
-    print(f"{row['case']:8} {row['format']:22}{cells}", flush=True)
+    print(f"{row['case']:12} {row['format']:20}{cells}", flush=True)
 
 
 def main():
@@ -349,26 +364,18 @@ def main():
         if not found:
             print(f"{name} is not installed: pip install {OTHERS[name][1]}")
     print(f"medians of {options.rounds} rounds, of {options.others} for other formats; MB/s, and ratio to plain files")
-    print(f"{'case':8} {'format':22}{'write':>9} {'':6}{'read':>9} {'':6}{'random':>9}")
+    print(f"{'case':12} {'format':20}{'write':>9} {'':6}{'read':>9} {'':6}{'random':>9}")
     rows = []
-    for case, (shape, size) in CASES.items():
-        torch.manual_seed(0)
-        features = torch.randn(round(shape[0] * options.share), *shape[1:]).half()
-        plain = {"plain files": (Plain, {}), "store, no fsync": (Ours, {})}
-        synced = {"plain files, fsync": (Plain, {"sync": True}), "store, fsync": (Ours, {"sync": True})}
-        beside = {"plain files": (Plain, {})} | {name: (FORMATS[name], {}) for name, found in others.items() if found}
-        for kinds, rounds in ((plain, options.rounds), (synced, options.rounds), (beside, options.others)):
-            if rounds:
-                with tempfile.TemporaryDirectory(dir=options.folder) as root:
-                    folder = Path(root) / "written"
-                    forms = {}
-                    for name, (kind, arguments) in kinds.items():
-                        (folder / name).mkdir(parents=True)
-                        forms[name] = kind(folder / name, features, **arguments)
-                    found = compare(case, forms, rounds, features, min(size, len(features)), folder)
-                for row in found[kinds is beside :]:
-                    show(row)
-                    rows.append(row)
+    for case in CASES:
+        plain = {"plain files": Plain, "store, no fsync": Ours}
+        synced = {"plain files, fsync": partial(Plain, sync=True), "store, fsync": partial(Ours, sync=True)}
+        beside = {"plain files": Plain} | {name: FORMATS[name] for name, found in others.items() if found}
+        found = [row for kinds in (plain, synced) for row in compare(case, kinds, options.rounds, options)]
+        if len(beside) > 1 and case != "vectors 10k":
+            found += compare(case, beside, options.others, options)[1:]
+        for row in found:
+            show(row)
+        rows += found
     write_json(options.json, "store", rows)
 
 

@@ -18,6 +18,7 @@ ORDER = [
     {"heads", "metrics", "store", "data"},  # heads read features; DifFeed's reads the live network
     {"backbones"},
     {"taps", "noise", "dist"},
+    {"processes"},
     {"report"},  # reads run folders only; any room may call it
     {"config"},
     {"errors", "_version"},

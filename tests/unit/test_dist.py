@@ -1,15 +1,17 @@
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffrep import dist
-from diffrep.dist.processes import apart
 from diffrep.errors import ConfigError
+from diffrep.processes.crew import apart
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "DIFFREP_RANK", "DIFFREP_WORLD")
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -54,6 +56,17 @@ def test_who_a_process_is(monkeypatch, variables, expected):
     assert dist.worker() == dist.Worker(*expected)
 
 
+@pytest.mark.gpu
+def test_a_process_takes_the_gpu_of_its_number(monkeypatch):
+    count = torch.cuda.device_count()
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": str(2 * count - 1)}.items():
+        monkeypatch.setenv(name, value)
+    dist.worker()
+    assert torch.cuda.current_device() == count - 1
+    torch.cuda.set_device(0)
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -79,6 +92,11 @@ def test_processes_that_were_started_apart_do_not_wait_for_one_another(monkeypat
         dist.state()
 
 
+def test_what_starts_processes_does_not_load_torch():
+    code = "import sys, diffrep.cluster; from diffrep import dist; dist.launch_apart, dist.StopSignal; "
+    subprocess.run([sys.executable, "-c", f"{code} sys.exit('torch' in sys.modules)"], check=True)
+
+
 @pytest.mark.parametrize("number", dist.SIGNALS)
 def test_a_signal_is_noted_and_its_echo_ignored(number):
     before = signal.getsignal(number)
@@ -91,7 +109,7 @@ def test_a_signal_is_noted_and_its_echo_ignored(number):
 
 
 def test_a_later_signal_does_what_it_did_before(monkeypatch):
-    monkeypatch.setattr("diffrep.dist.signals.SAME_REQUEST", 0.01)
+    monkeypatch.setattr("diffrep.processes.signals.SAME_REQUEST", 0.01)
     seen = []
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("before"))
     try:
@@ -158,7 +176,7 @@ def test_restarts_have_an_end(tmp_path, capfd):
 @pytest.mark.mp
 @pytest.mark.parametrize("status", [1, 2])
 def test_a_process_that_fails_ends_the_others(capfd, monkeypatch, status):
-    monkeypatch.setattr("diffrep.dist.processes.SAME_MISTAKE", 0.1)
+    monkeypatch.setattr("diffrep.processes.crew.SAME_MISTAKE", 0.1)
     code = f"rank != 1 and time.sleep(60); print('reason', file=sys.stderr); sys.exit({status})"
     began = time.monotonic()
     assert crew(code, processes=3).run() == status
@@ -189,8 +207,10 @@ def test_signals_are_passed_on(tmp_path, number):
 def test_the_processes_die_with_the_one_that_started_them(tmp_path):
     parent = os.fork()
     if not parent:
-        crew("open(f'{sys.argv[1]}/{os.getpid()}', 'w'); time.sleep(60)", tmp_path).run()
-        os._exit(0)
+        try:
+            crew("open(f'{sys.argv[1]}/{os.getpid()}', 'w'); time.sleep(60)", tmp_path).run()
+        finally:
+            os._exit(0)
     while len(pids := [path.name for path in tmp_path.iterdir()]) < 2:
         assert os.waitpid(parent, os.WNOHANG) == (0, 0)
         time.sleep(0.01)

@@ -42,7 +42,7 @@ def graphs():
 @pytest.mark.parametrize(
     ("kind", "inside"),
     [
-        ("unet2d-condition", ["up_blocks.0.resnets.0.conv2", "down_blocks.0.attentions.0:input"]),
+        ("unet2d-condition", ["mid_block.resnets.0.conv2", "down_blocks.0.attentions.0:input"]),
         ("sit", ["blocks.1:adaln", "blocks.0.attn:q", "blocks.2.mlp"]),
         ("flux", ["single_transformer_blocks.0:adaln", "transformer_blocks.1.attn:k"]),
         ("adm", ["middle_block.1", "output_blocks.1:input", "input_blocks.1.0.in_layers.2"]),
@@ -51,7 +51,8 @@ def graphs():
 def test_regional_features_are_the_eager_ones(folder_of, kind, inside):
     net, regional = pair(folder_of(kind))
     x, time, cond = arguments(net)
-    for layers in (net.blocks(), inside):
+    # Of one network all sets of layers, since compilation takes seconds.
+    for layers in (net.blocks(), inside) if kind == "sit" else ([*inside, net.blocks()[2]],):
         found, expected = (one.capture(x, time, layers, cond=cond) for one in (regional, net))
         assert list(found) == list(expected)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -6,13 +6,13 @@ import pytest
 from PIL import Image
 
 from diffrep.config import DataConfig
-from diffrep.data import open_images
+from diffrep.data import open_data
 
 
 @pytest.fixture
 def open_set():
     """Opens a path with options of DataConfig."""
-    return lambda path, channels=1, **options: open_images(DataConfig(path=path, **options), channels)
+    return lambda path, channels=1, **options: open_data(DataConfig(path=path, **options), channels)
 
 
 @pytest.fixture

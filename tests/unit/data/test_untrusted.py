@@ -262,13 +262,21 @@ def test_large_members_of_a_tar(tmp_path, write, open_set, monkeypatch, png):
     assert "a part .cls of 1,001 bytes" in next(open_set(path, stream=True).samples(0)).problem
 
 
-@pytest.mark.parametrize("text", ["9" * 5000, str(1 << 70), "[" * 100_000, '{"label": ' + "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["9" * 5000, str(1 << 70), "[" * 100_000, '{"label": ' + "[" * 100_000, '{"label": 1e999}']
+)
 def test_labels_that_are_meant_to_break(tmp_path, write, open_set, text):
     path = write(tmp_path / "a.tar", [("1.png", 1), ("1.cls", text), ("1.json", text)])
     for key in (None, "label"):
         with pytest.raises(DataError):
             open_set(path, label_key=key)
         assert "a/1" in next(open_set(path, stream=True, label_key=key).samples(0)).problem
+
+
+def test_a_class_number_that_asks_for_gigabytes(tmp_path, write, open_set):
+    path = write(tmp_path / "a.tar", [("1.png", 1), ("1.json", '{"label": [8000000000]}')])
+    with pytest.raises(DataError, match="8,000,000,001 classes, and at most 1,048,576"):
+        open_set(path, label_key="label")
 
 
 def test_npz_files_that_are_meant_to_break(tmp_path, open_set, monkeypatch):

@@ -1,5 +1,6 @@
 """Latents that are made once: the features are those of the images, to the bit, and no image is read again."""
 
+import shutil
 import threading
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from diffrep import FeatureRequest, FeatureStore, load_backbone
 from diffrep.config import ExtractConfig, validate
-from diffrep.data import ImageSet, open_images
+from diffrep.data import open_images
 from diffrep.errors import ConfigError, DataError, StoreError
 from diffrep.extract.job import ExtractJob
 from diffrep.extract.latents import LatentFeed, open_latents
@@ -27,31 +28,52 @@ def backbone(net):
     return load_backbone(net, device="cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def extract(backbone):
     return lambda config, loaded=None: ExtractJob(config, loaded or backbone).run()
 
 
-@pytest.fixture
-def images(tmp_path):
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
     """24 images, of which one cannot be read."""
-    folder = save_images(tmp_path / "images", per_class=4)
+    folder = save_images(tmp_path_factory.mktemp("latents") / "images", per_class=4)
     (folder / "train" / "class1" / "2.png").write_bytes(b"no image")
     return folder
 
 
-@pytest.fixture
-def config(net, images, tmp_path):
+@pytest.fixture(scope="module")
+def ruined(images):
+    """The same names and sizes, which identify a set, and no image."""
+    folder = shutil.copytree(images, images.parent / "ruined")
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"\0" * file.stat().st_size)
+    return {"path": str(folder)} | SIZE
+
+
+@pytest.fixture(scope="module")
+def config(net, images):
     """Makes a config; keys of the request come with `request_`."""
 
     def make(out, **keys):
         request = {"layers": ["blocks.1"], "levels": [10, 300], "dtype": "float32"}
         request |= {key.removeprefix("request_"): keys.pop(key) for key in list(keys) if key.startswith("request_")}
         given = {"backbone": {"source": str(net), "device": "cpu"}, "data": {"path": str(images)} | SIZE}
-        given |= {"request": request, "out": str(tmp_path / out), "batch_size": 4, "unit_size": 7, "on_error": "skip"}
+        given |= {"request": request, "out": str(out), "batch_size": 4, "unit_size": 7, "on_error": "skip"}
         return validate(ExtractConfig, given | keys, "config")
 
     return make
+
+
+@pytest.fixture(scope="module")
+def plain(config, extract, images):
+    return extract(config(images.parent / "plain"))
+
+
+@pytest.fixture(scope="module")
+def latents(config, extract, images):
+    """A store of latents, made for features that lie beside it in `kept`."""
+    extract(config(images.parent / "kept", latents=str(images.parent / "latents")))
+    return images.parent / "latents"
 
 
 def equal(first, second):
@@ -61,58 +83,49 @@ def equal(first, second):
             assert torch.equal(first[layer, level], second[layer, level])
 
 
-def ruin(folder):
-    """Leaves names and sizes of the images, which identify the set, and no image."""
-    for file in folder.rglob("*.png"):
-        file.write_bytes(b"\0" * file.stat().st_size)
-
-
-@pytest.mark.parametrize(("posterior", "pad"), [("mode", False), ("sample", True)])
-def test_features_are_those_of_the_images(config, extract, images, tmp_path, posterior, pad):
-    keys = {"request_posterior": posterior, "pad": pad}
-    plain = extract(config("plain", **keys))
-    later = extract(config("plain later", request_layers=["blocks"], request_levels="clean", **keys))
-    latents = str(tmp_path / "latents")
-    kept = extract(config("kept", latents=latents, **keys))
-    ruin(images)  # from here on the latents are all there is
-    equal(
-        extract(config("kept later", request_layers=["blocks"], request_levels="clean", latents=latents, **keys)),
-        later,
-    )
+def test_features_are_those_of_the_images(plain, latents):
+    kept, stored = FeatureStore(latents.parent / "kept"), FeatureStore(latents)
     equal(kept, plain)
     assert kept.meta == plain.meta
-    assert (tmp_path / "kept" / "skipped.jsonl").read_text() == (tmp_path / "plain" / "skipped.jsonl").read_text()
-    stored = FeatureStore(latents)
-    assert stored.layers == (["moments"] if posterior == "sample" else ["latents"])
-    assert (len(stored), stored.tensor(stored.layers[0], "clean").dtype) == (23, torch.float32)
+    assert (kept.path / "skipped.jsonl").read_text() == (plain.path / "skipped.jsonl").read_text()
+    assert (stored.layers, len(stored), stored["latents", "clean"].dtype) == (["latents"], 23, torch.float32)
 
 
-def test_moments_serve_who_wants_the_mode_in_other_batches(config, extract, images, tmp_path):
-    latents = str(tmp_path / "latents")
-    extract(config("sampled", latents=latents, request_posterior="sample"))
-    plain = extract(config("plain"))
-    ruin(images)
-    kept = extract(config("kept", latents=latents, batch_size=3, unit_size=5))
-    assert kept.ids == plain.ids
-    torch.testing.assert_close(kept["blocks.1", 300], plain["blocks.1", 300], atol=1e-5, rtol=1e-5)
+def test_no_image_is_read_again(config, extract, backbone, images, ruined, latents, tmp_path):
+    request = {"request_layers": ["blocks"], "request_levels": ["clean"]}
+    kept = extract(config(tmp_path / "kept", latents=str(latents), data=ruined, batch_size=3, unit_size=5, **request))
+    opened = open_images(config("x").data, 3)
+    rows = [row for row in range(24) if opened.id(row) in set(kept.ids)]
+    expected = backbone.extract(torch.stack([opened[row] for row in rows]), config("x", **request).request)
+    assert len(kept) == 23
+    torch.testing.assert_close(kept["blocks.2", "clean"], expected["blocks.2", "clean"], atol=1e-5, rtol=1e-5)
 
 
-def test_latents_that_were_begun_are_finished(config, extract, images, tmp_path):
+def test_moments(config, extract, ruined, plain, tmp_path):
+    sampled = {"request_posterior": "sample", "pad": True}
+    moments = {"latents": str(tmp_path / "moments")}
+    kept = extract(config(tmp_path / "kept", **sampled, **moments))
+    equal(kept, extract(config(tmp_path / "plain", **sampled)))
+    assert FeatureStore(tmp_path / "moments").layers == ["moments"]
+    mode = extract(config(tmp_path / "mode", data=ruined, **moments))  # which they serve, too
+    torch.testing.assert_close(mode["blocks.1", 300], plain["blocks.1", 300], atol=1e-5, rtol=1e-5)
+
+
+def test_latents_that_were_begun_are_finished(config, extract, plain, tmp_path):
     latents = tmp_path / "latents"
     with pytest.raises(DataError, match="class1/2.png"):
-        extract(config("kept", latents=str(latents), on_error="stop", unit_size=2))
+        extract(config(tmp_path / "kept", latents=str(latents), on_error="stop", unit_size=2))
     begun = {file: file.stat().st_ino for file in latents.rglob("*.safetensors")}
     assert begun
     with pytest.raises(StoreError, match="not finished"):
         FeatureStore(latents)
-    kept = extract(config("kept", latents=str(latents), unit_size=2))
+    kept = extract(config(tmp_path / "kept", latents=str(latents), unit_size=2))
     assert {file: file.stat().st_ino for file in begun} == begun
-    equal(kept, extract(config("plain", unit_size=2)))
+    assert kept.ids == plain.ids
+    torch.testing.assert_close(kept["blocks.1", 300], plain["blocks.1", 300], atol=1e-5, rtol=1e-5)
 
 
-def test_latents_of_something_else(config, extract, net, images, tmp_path):
-    latents = str(tmp_path / "latents")
-    extract(config("kept", latents=latents))
+def test_latents_of_something_else(config, extract, net, images, latents, tmp_path):
     other = save_tiny("dit", tmp_path / "other", seed=1) / "vae"
     moved = save_images(tmp_path / "moved", per_class=5)
     for number, (backbone, data, message) in enumerate(
@@ -123,23 +136,25 @@ def test_latents_of_something_else(config, extract, net, images, tmp_path):
             (None, {"path": str(images), "size": 24}, "transform.size: 16 there, 24 now"),
         )
     ):
-        changed = config(f"refused{number}", latents=latents, data=data)
+        changed = config(tmp_path / str(number), latents=str(latents), data=data)
         loaded = None if backbone is None else load_backbone(net, device="cpu", **backbone)
         with pytest.raises(StoreError, match=f"(?s)holds other latents.*{message}"):
             extract(changed, loaded)
     with pytest.raises(StoreError, match="no moments, which posterior=sample takes,.*but latents"):
-        extract(config("refused", latents=latents, request_posterior="sample"))
+        extract(config(tmp_path / "sampled", latents=str(latents), request_posterior="sample"))
 
 
-def test_latents_from_a_training_set(config, extract, net, tmp_path):
+def test_latents_from_a_training_set(config, extract, net, plain, tmp_path):
     """What family "prepare" made for other ends serves here too, where it is as fine."""
     prepare = load_backbone(net / "vae", family="prepare", device="cpu")
     request = {"layers": ["blocks"], "levels": ["clean"], "noise": "none"}
     for dtype in ("float16", "float32"):
-        extract(config(dtype).model_copy(update={"request": FeatureRequest(**request, dtype=dtype)}), prepare)
+        extract(
+            config(tmp_path / dtype).model_copy(update={"request": FeatureRequest(**request, dtype=dtype)}), prepare
+        )
     with pytest.raises(StoreError, match="request.dtype: float16 there, float32 now"):
-        extract(config("refused", latents=str(tmp_path / "float16")))
-    equal(extract(config("served", latents=str(tmp_path / "float32"))), extract(config("plain")))
+        extract(config(tmp_path / "refused", latents=str(tmp_path / "float16")))
+    equal(extract(config(tmp_path / "served", latents=str(tmp_path / "float32"))), plain)
 
 
 def test_who_has_no_latents(config, extract, backbone, unet, tmp_path):
@@ -151,10 +166,10 @@ def test_who_has_no_latents(config, extract, backbone, unet, tmp_path):
     assert not (tmp_path / "latents").exists()
 
 
-def test_the_feed(config, backbone, images, tmp_path):
-    given = config("a", latents=str(tmp_path / "latents"), data={"path": str(images)})
-    opened = open_images(given.data, 3)
-    feed = open_latents(given.latents, given, backbone, opened)
+def test_the_feed(config, backbone, images, latents):
+    given = config("a", latents=str(latents))
+    opened = open_images(given.data.model_copy(update={"size": None}), 3)
+    feed = LatentFeed(opened, FeatureStore(latents), 4)
     units = list_units(opened.splits, 9)
     found = list(feed(units[:2]))
     assert [(unit.number, batch and batch.samples) for unit, batch in found] == [
@@ -174,20 +189,9 @@ def test_the_feed(config, backbone, images, tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("diffrep-latents")]
 
 
-def test_a_sample_that_the_latents_lack(config, backbone, images, tmp_path):
-    given = config("a", latents=str(tmp_path / "latents"))
-    opened = open_images(given.data, 3)
-    feed = open_latents(given.latents, given, backbone, opened)
+def test_a_sample_that_the_latents_lack(config, latents, tmp_path):
     renamed = save_images(tmp_path / "renamed", per_class=4)
     (renamed / "train" / "class0" / "0.png").rename(renamed / "train" / "class0" / "00.png")
-    others = open_images(given.data.model_copy(update={"path": str(renamed)}), 3)
-    assert isinstance(others, ImageSet)
+    others = open_images(config("a", data={"path": str(renamed)} | SIZE).data, 3)
     with pytest.raises(StoreError, match="does not hold the sample 'train/class0/00.png'"):
-        list(LatentFeed(others, feed.store, 4)(list_units(others.splits, 9)))
-
-
-def test_batches_of_a_measured_size(config, extract, tmp_path):
-    store = extract(config("a", latents=str(tmp_path / "latents"), batch_size="auto"))
-    plain = extract(config("plain"))
-    assert store.ids == plain.ids
-    torch.testing.assert_close(store["blocks.1", 300], plain["blocks.1", 300], atol=1e-5, rtol=1e-5)
+        list(LatentFeed(others, FeatureStore(latents), 4)(list_units(others.splits, 9)))

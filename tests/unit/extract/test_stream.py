@@ -11,7 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from diffrep.config import DataConfig
-from diffrep.data import open_images, shards
+from diffrep.data import open_data, shards
 from diffrep.errors import ConfigError, DataError
 from diffrep.extract.feed import ImageFeed
 from diffrep.extract.stream import StreamFeed
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def images(folder):
-    return open_images(DataConfig(path=folder, stream=True), 3)
+    return open_data(DataConfig(path=folder, stream=True), 3)
 
 
 def units_of(images):
@@ -63,7 +63,7 @@ def threads():
 
 
 def test_the_batches_of_a_streamed_set_are_those_of_the_indexed_one(folder, images):
-    indexed = open_images(DataConfig(path=folder), 3)
+    indexed = open_data(DataConfig(path=folder), 3)
     feed = ImageFeed(indexed, 18)
     ((_, whole), _) = feed(list_units(indexed.splits, 18))
     for workers in (0, 3):
@@ -85,10 +85,10 @@ def test_the_batches_of_a_streamed_set_are_those_of_the_indexed_one(folder, imag
 
 def test_images_of_several_sizes_have_no_tensor(tmp_path):
     pack(tmp_path / "a.tar", [("0.png", png(0)), ("1.png", png(1, 9))])
-    images = open_images(DataConfig(path=tmp_path, stream=True), 3)
+    images = open_data(DataConfig(path=tmp_path, stream=True), 3)
     ((_, batch), _) = StreamFeed(images, 2)(units_of(images))
     assert (batch.images, batch.sizes, batch.labels) == (None, [(8, 8), (9, 9)], None)
-    images = open_images(DataConfig(path=tmp_path, stream=True, size=8), 3)
+    images = open_data(DataConfig(path=tmp_path, stream=True, size=8), 3)
     ((_, batch), _) = StreamFeed(images, 2)(units_of(images))
     assert batch.images.shape == (2, 3, 8, 8)
 
@@ -136,7 +136,7 @@ def counting(tmp_path, monkeypatch):
     for shard in range(3):
         pack(tmp_path / "a.tar", [(f"{i:03d}.png", png(i, 32)) for i in range(50)])
         system.pipe_file(f"/set/{shard}.tar", (tmp_path / "a.tar").read_bytes())
-    images = open_images(DataConfig(path="counting://set/{0..2}.tar"), 3)
+    images = open_data(DataConfig(path="counting://set/{0..2}.tar"), 3)
     images.labelled  # noqa: B018  looks into a shard
     Counting.opened.clear()
     return images
@@ -179,7 +179,7 @@ def test_it_reads_ahead_but_not_without_end(counting, monkeypatch, workers):
 def test_many_small_shards_are_read_ahead_together(tmp_path):
     for shard in range(30):
         pack(tmp_path / f"{shard:02d}.tar", [("0.png", png(shard))])
-    images, taken = open_images(DataConfig(path=tmp_path, stream=True), 3), []
+    images, taken = open_data(DataConfig(path=tmp_path, stream=True), 3), []
     units = (taken.append(unit.number) or unit for unit in units_of(images))
     batches = StreamFeed(images, 8, workers=4, prefetch=2)(units)
     for _ in range(12):
@@ -216,7 +216,7 @@ def test_closing_while_the_storage_hangs(counting, monkeypatch):
 
 def test_errors_reach_the_consumer(tmp_path, counting, monkeypatch):
     pack(tmp_path / "b.tar", [("0.png", png(0)), ("0.json", b'{"kind": "cat"}')])
-    images = open_images(DataConfig(path=tmp_path / "b.tar", stream=True, label_key="kind"), 3)
+    images = open_data(DataConfig(path=tmp_path / "b.tar", stream=True, label_key="kind"), 3)
     with pytest.raises(ConfigError, match="labels of a streamed set are integers"):
         list(StreamFeed(images, 2, 1)(units_of(images)))
 
@@ -238,7 +238,7 @@ def test_a_damaged_shard_ends_with_a_problem(tmp_path):
     pack(tmp_path / "a.tar", [(f"{i}.png", png(i)) for i in range(4)])
     pack(tmp_path / "b.tar", [("0.png", png(0))])
     shard = tmp_path / "a.tar"
-    images = open_images(DataConfig(path=tmp_path, stream=True), 3)
+    images = open_data(DataConfig(path=tmp_path, stream=True), 3)
     shard.write_bytes(shard.read_bytes()[:2400])
     found = list(StreamFeed(images, 2, 1)(units_of(images)))
     assert [batch and (batch.rows, [name for name, _ in batch.problems]) for _, batch in found] == [

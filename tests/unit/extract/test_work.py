@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffrep import ExtractConfig, ExtractJob, FeatureStore, dist
-from diffrep.errors import ConfigError, DataError, Stopped
+from diffrep.errors import DataError, Stopped
 from diffrep.extract.features import Features
 from diffrep.extract.feed import Batch, ImageFeed
 from diffrep.extract.monitor import Monitor
@@ -144,8 +144,3 @@ def test_the_job_writes_counters(unet, config, tmp_path):
     for name, value in {"images_total": 36, "units_total": 10, "store_units_done": 10, "batch_size": 2}.items():
         assert f'diffrep_{name}{{store="store",rank="0"}} {value}\n' in text
 
-
-def test_what_does_not_go_together(unet, config):
-    graphs = config.backbone.model_copy(update={"compile": "cudagraphs"})
-    with pytest.raises(ConfigError, match="compile=cudagraphs replays one shape; it needs pad=true"):
-        ExtractJob(config.model_copy(update={"backbone": graphs}), unet)

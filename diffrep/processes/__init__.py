@@ -1,0 +1,1 @@
+"""What `diffrep.dist` is made of."""
