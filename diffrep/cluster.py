@@ -138,11 +138,11 @@ class Task:
         Raises:
             RuntimeError: It ended with another status than 0.
         """
-        from diffrep.processes.crew import Crew, apart, step_environment
+        from diffrep.processes.crew import RESTARTS, Crew, apart, step_environment
 
         if self.apart:
             os.environ |= {"DIFFREP_RANK": str(self.index), "DIFFREP_WORLD": str(self.array)}
-            environments, restarts = apart(self.processes), 3
+            environments, restarts = apart(self.processes), RESTARTS
         else:
             submitit = _submitit()
             # Every process sees all GPUs of its machine and takes the one of its local rank.

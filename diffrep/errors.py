@@ -59,3 +59,8 @@ def suggest(name: str, known: list[str], first: int = 12) -> str:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     shown = ", ".join(known[:first]) + (f", ... ({len(known)} in all)" if len(known) > first else "")
     return f"known: {shown or 'none'}."
+
+
+def printable(text: str) -> str:
+    """Returns a text that may come from anybody without what a terminal would obey or cannot show."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)

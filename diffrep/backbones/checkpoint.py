@@ -6,6 +6,7 @@ import argparse
 import pickle
 import re
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from diffrep.errors import CheckpointError
 State = dict[str, torch.Tensor]
 # Where training code puts the weights, best first: released numbers are those of the average.
 HOLDERS = ("ema", "model", "state_dict")
+# Times its own size that a file may unpack to. torch packs nothing; what unpacks to more was made to fill memory.
+UNPACKED = 16
 
 
 def read_tensors(file: Path, shapes_only: bool = False) -> dict[str, Any]:
@@ -38,9 +41,15 @@ def read_tensors(file: Path, shapes_only: bool = False) -> dict[str, Any]:
     try:
         if file.suffix == ".safetensors":
             return _shapes(file) if shapes_only else load_file(file)
-        mapped = shapes_only and zipfile.is_zipfile(file)  # torch's first format cannot be mapped
+        with file.open("rb") as content:
+            archive = content.read(4) == b"PK\3\4"
+        if archive:
+            _check_archive(file, contents=not shapes_only)
+        mapped = shapes_only and archive  # torch's first format cannot be mapped
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         pickled = file.suffix == ".pkl"
@@ -71,10 +80,21 @@ def read_state(file: Path, shapes_only: bool = False) -> State:
         if isinstance(found, dict) and isinstance(found.get(holder), dict):
             found = found[holder]
             break
-    if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
-        held = ", ".join(map(str, list(found)[:10])) if isinstance(found, dict) else type(found).__name__
+    held = type(found).__name__
+    if isinstance(found, dict):
+        held = ", ".join(
+            key if isinstance(key, str) else f"a key of type {type(key).__name__}" for key in [*found][:10]
+        )
+    named = isinstance(found, dict) and all(isinstance(key, str) for key in found)
+    if not named or not found or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise CheckpointError(f"{file} holds no state dict; it holds {held or 'nothing'}")
-    return {_bare(key): value.to("meta") if shapes_only else value for key, value in found.items()}
+    _check_dense(file, found, ("cpu", "meta") if shapes_only else ("cpu",))
+    state = {_bare(key): value.to("meta") if shapes_only else value for key, value in found.items()}
+    if len(state) < len(found):
+        names = Counter(map(_bare, found))
+        double = ", ".join(key for key in found if _bare(key) == names.most_common(1)[0][0])
+        raise CheckpointError(f"{file} holds the same weights under several names: {double}; save one of them")
+    return state
 
 
 def look_alike(keys: list[str]) -> str | None:
@@ -130,6 +150,46 @@ def check_keys(
     if family and kind and family not in re.findall(r"[\w-]+", kind):
         hint = f"; its keys look like {kind}, not {family}"
     raise CheckpointError(f"the weights in {where} do not fit the network: {'; '.join(problems)}{hint}")
+
+
+def _check_archive(file: Path, contents: bool) -> None:
+    """Refuses what torch reads all the same: an archive that unpacks to gigabytes, or one that is damaged."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        size = sum(member.file_size for member in members)
+        if size > UNPACKED * file.stat().st_size:
+            raise CheckpointError(
+                f"{file} would unpack to {size:,} bytes, more than {UNPACKED} times its own; save it with torch.save"
+            )
+        damaged = [member.filename for member in members if not _fits(archive, member)] if contents else []
+        # torch can be told to write no checksums: then none of them fits.
+        if damaged and len(damaged) < len(members):
+            raise CheckpointError(f"{file} is damaged: {damaged[0]} does not fit its checksum; fetch the file again")
+
+
+def _fits(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
+    with archive.open(member) as content:
+        try:
+            while content.read(1 << 20):
+                pass
+        except zipfile.BadZipFile:
+            return False
+    return True
+
+
+def _check_dense(file: Path, state: State, devices: tuple[str, ...]) -> None:
+    """Refuses tensors that a network's weights are never stored as, and views that say more than the file holds."""
+    for key, value in state.items():
+        dense = value.layout is torch.strided and not value.is_nested and not value.is_quantized
+        if not dense or value.device.type not in devices:
+            raise CheckpointError(
+                f"{file}: {key} is no dense tensor with numbers; save its state dict with dense ones"
+            )
+    size = sum(value.numel() * value.itemsize for value in state.values())
+    if size > UNPACKED * file.stat().st_size:
+        raise CheckpointError(
+            f"{file} holds tensors of {size:,} bytes, more than {UNPACKED} times its own; make them contiguous"
+        )
 
 
 def _bare(key: str) -> str:

@@ -51,11 +51,13 @@ def read_edm_pickle(path: str | Path, key: str = "ema") -> tuple[dict[str, Tenso
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {_kind(content)}; a published EDM file holds a dict with the key {key!r}")
     if key not in content:
-        raise UnknownNameError(f"key in {path}", key, [str(name) for name in content])
+        raise UnknownNameError(f"key in {path}", key, [name for name in content if isinstance(name, str)])
     try:
-        return dict(_tensors(content[key], "", ())), _config(content[key])
+        return _state(content[key], path.stat().st_size), _config(content[key])
     except _MalformedError as error:
         raise CheckpointError(f"{path}, {key!r}: {error}") from error
+    except RecursionError:
+        raise CheckpointError(f"{path}, {key!r}: its modules lie in each other without end") from None
 
 
 class _MalformedError(Exception):
@@ -75,10 +77,13 @@ class _Record:
 
 
 def _persistent(meta: dict[str, Any]) -> _Record:
+    for key in ("type", "class_name"):
+        if not isinstance(meta[key], str):
+            raise _MalformedError(f"a persistent object whose {key} is {_kind(meta[key])}, not text")
     if meta["type"] != "class":
         raise _MalformedError(f"a persistent object of type {meta['type']!r}; only 'class' is known")
     record = _Record()
-    record.__dict__.update(class_name=str(meta["class_name"]), state=meta["state"])
+    record.__dict__.update(class_name=meta["class_name"], state=meta["state"])
     return record
 
 
@@ -96,7 +101,11 @@ def _tensor(
     if not isinstance(storage, torch.TypedStorage):
         raise _MalformedError(f"a tensor over {_kind(storage)}")
     flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
-    return flat.as_strided(size, stride, offset)  # raises where the view leaves the storage
+    tensor = flat.as_strided(size, stride, offset)  # raises where the view leaves the storage
+    held = storage._untyped_storage.nbytes()
+    if tensor.nbytes > held:
+        raise _MalformedError(f"a tensor of {tensor.nbytes:,} bytes over {held:,}")
+    return tensor
 
 
 def _parameter(data: Tensor, *_: Any) -> Tensor:
@@ -130,8 +139,11 @@ _ALLOWED = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Hands out the stand-ins above and nothing else; no module is imported."""
+class _Unpickler(pickle._Unpickler):
+    """Hands out the stand-ins above and nothing else; no module is imported.
+
+    It is the one in Python: that in C takes as much memory as a number in the file says.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
@@ -147,11 +159,25 @@ class _Unpickler(pickle.Unpickler):
         raise _MalformedError("it holds references to data outside the pickle; was it written by torch.save?")
 
 
-def _tensors(module: Any, prefix: str, parents: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+def _state(network: Any, limit: int) -> dict[str, Tensor]:
+    """Returns the state dict; of tensors that share their numbers there may be no more bytes than the file has."""
+    found, size = {}, 0
+    for key, tensor in _tensors(network, "", set()):
+        size += tensor.nbytes
+        if size > limit:
+            raise _MalformedError(f"its tensors take more than the {limit:,} bytes of the file")
+        found[key] = tensor.contiguous()
+    return found
+
+
+def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     state = module.state if isinstance(module, _Record) else None
     parts = ("_parameters", "_buffers", "_modules")
-    if id(module) in parents or not isinstance(state, dict) or not all(isinstance(state.get(p), dict) for p in parts):
+    if not isinstance(state, dict) or not all(isinstance(state.get(p), dict) for p in parts):
         raise _MalformedError(f"{prefix.rstrip('.') or 'it'} is {_kind(module)}, not a module of a network")
+    if id(module) in seen:  # a few of them, each twice in the next, would make millions
+        raise _MalformedError(f"{prefix.rstrip('.')} is a module that is at another place too")
+    seen.add(id(module))
     hidden = state.get("_non_persistent_buffers_set", ())
     buffers = {name: buffer for name, buffer in state["_buffers"].items() if name not in hidden}
     for name, tensor in (state["_parameters"] | buffers).items():
@@ -159,10 +185,10 @@ def _tensors(module: Any, prefix: str, parents: tuple[int, ...]) -> Iterator[tup
             continue
         if not isinstance(tensor, Tensor):
             raise _MalformedError(f"{prefix}{name} is {_kind(tensor)}, not a tensor")
-        yield f"{prefix}{name}", tensor.contiguous()
+        yield f"{prefix}{name}", tensor
     for name, child in state["_modules"].items():
         if child is not None:
-            yield from _tensors(child, f"{prefix}{name}.", (*parents, id(module)))
+            yield from _tensors(child, f"{prefix}{name}.", seen)
 
 
 def _config(network: _Record) -> dict[str, Any]:
@@ -175,9 +201,9 @@ def _config(network: _Record) -> dict[str, Any]:
     return {"precond": WRAPPERS[network.class_name]} | {name: _plain(name, a) for name, a in arguments.items()}
 
 
-def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(name, member) for member in value]
+def _plain(name: str, value: Any, inside: bool = False) -> Any:
+    if isinstance(value, (list, tuple)) and not inside:
+        return [_plain(name, member, inside=True) for member in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise _MalformedError(f"its argument {name!r} is {_kind(value)}; only numbers, text and lists of them are read")

@@ -283,8 +283,9 @@ def _resized(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def _read_projection(file: Path, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Reads mean (D,) and components (K, D) of a projection."""
     found = read_tensors(file)
-    if set(found) != {"mean", "components"}:
-        raise CheckpointError(f"{file} holds {', '.join(found)}, no projection; diffrep.fit_pca writes one")
+    if not isinstance(found, dict) or set(found) != {"mean", "components"}:
+        held = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        raise CheckpointError(f"{file} holds {held}, no projection; diffrep.fit_pca writes one")
     mean, components = found["mean"].float(), found["components"].float()
     if tuple(mean.shape) != (width,) or components.ndim != 2 or components.shape[1] != width:
         raise CheckpointError(

@@ -46,8 +46,9 @@ def network_class(config: dict[str, Any], where: Any) -> str:
         kind = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}.get(
             config.get("norm_type"), kind
         )
-    if not hasattr(diffusers, kind):
-        raise ConfigError(f"{where}: diffusers {diffusers.__version__} has no class {kind!r}")
+    found = getattr(diffusers, kind, None)
+    if not inspect.isclass(found) or not issubclass(found, nn.Module):
+        raise ConfigError(f"{where}: diffusers {diffusers.__version__} has no network of class {kind!r}")
     return kind
 
 
@@ -130,7 +131,7 @@ def schedule_from(config: dict[str, Any], flow_scale: float, where: Any) -> Sche
     """
     kind = str(config.get("_class_name"))
     factory = getattr(diffusers, kind, None)
-    if factory is None:
+    if not inspect.isclass(factory) or not issubclass(factory, diffusers.SchedulerMixin):
         raise ConfigError(f"{where}: diffusers {diffusers.__version__} has no scheduler {kind!r}")
     scheduler = factory.from_config(config)
     if "FlowMatch" in kind or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
@@ -149,11 +150,14 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON file.
 
     Raises:
-        CheckpointError: It is missing or no JSON.
+        CheckpointError: It is missing or holds no JSON object.
     """
     try:
-        return json.loads(file.read_text())
+        found = json.loads(file.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"no such file: {file}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, UTF-8, or a number of thousands of digits
         raise CheckpointError(f"cannot read {file}: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds a {type(found).__name__}; a config is an object with names")
+    return found

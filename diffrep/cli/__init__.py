@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 
 from diffrep._version import __version__
-from diffrep.errors import DiffrepError, Stopped
+from diffrep.errors import DiffrepError, Stopped, printable
 
 VERBS = {
     "demo": "the whole path on the bundled network and images, ending in report.html",
@@ -55,10 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments) or 0
     except Stopped as error:
-        print(f"diffrep {arguments.verb}: {error}", file=sys.stderr)
+        print(printable(f"diffrep {arguments.verb}: {error}"), file=sys.stderr)
         return 143  # what a shell reports of a process that SIGTERM ended
     except DiffrepError as error:
-        print(f"diffrep {arguments.verb}: error: {error}", file=sys.stderr)
+        print(printable(f"diffrep {arguments.verb}: error: {error}"), file=sys.stderr)
         return 2
     except BrokenPipeError:  # as under `| head`; Python would complain again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

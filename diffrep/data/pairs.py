@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from diffrep.data.frame import Canvas, Frame, frame_of
-from diffrep.data.images import ImageSet, decode
+from diffrep.data.images import ImageSet, decode, size_of
 from diffrep.errors import DataError
 
 Box = tuple[float, float, float, float]
@@ -52,15 +52,14 @@ class PairImage:
         """Returns (H, W) of the crop or, from the file's header, of the whole image.
 
         Raises:
-            DataError: The file is missing or no image.
+            DataError: The file is missing, no image, or too large to be decoded.
         """
         if self.crop is not None:
             return self.crop[3] - self.crop[1], self.crop[2] - self.crop[0]
         try:
-            with Image.open(self.file) as image:
-                return image.height, image.width
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{self.id}: cannot read the image's size: {error}") from error
+            return size_of(self.file)
+        except DataError as error:
+            raise DataError(f"{self.id}: {error}") from error
 
 
 @dataclass(frozen=True)

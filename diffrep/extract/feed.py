@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import errno
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from diffrep import dist
 from diffrep.backbones import Posterior
 from diffrep.data import ImageSet
-from diffrep.errors import DataError
+from diffrep.data.shards import StorageError
+from diffrep.errors import DataError, DiffrepError
 from diffrep.store import Unit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+# What the system says of files that were there when the job began, once their disk or server is gone.
+GONE = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ENOTCONN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}
 
 
 @dataclass(frozen=True)
@@ -73,10 +92,15 @@ class ImageFeed:
         self.images, self.size = images, size
         self._options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "collate_fn": _collate}
         if workers:
-            self._options["prefetch_factor"] = prefetch
+            self._options |= {"prefetch_factor": prefetch, "worker_init_fn": _outlive_signals}
 
     def __call__(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Batch | None]]:
-        """Gives the batches of each unit in order, and None after its last one."""
+        """Gives the batches of each unit in order, and None after its last one.
+
+        Raises:
+            StorageError: A file is gone that was listed.
+            DiffrepError: A process that decodes was ended.
+        """
         ahead: deque[tuple[Unit, int]] = deque()
 
         def cuts() -> Iterator[list[int]]:
@@ -87,8 +111,8 @@ class ImageFeed:
                 yield from parts
 
         # One loader for all units, so that its workers start once.
-        loader = iter(DataLoader(_Readable(self.images), batch_sampler=_Lazy(cuts), **self._options))
-        for batch in loader:
+        batches = _begin(DataLoader(_Readable(self.images), batch_sampler=_Lazy(cuts), **self._options))
+        while (batch := _next(batches, self._options["num_workers"])) is not None:
             unit, left = ahead.popleft()
             yield unit, self._named(*batch)
             if left > 1:
@@ -97,8 +121,18 @@ class ImageFeed:
                 yield unit, None
 
     def _named(
-        self, rows: list[int], images: torch.Tensor | None, sizes: list[tuple[int, int]], failed: list[tuple[int, str]]
+        self,
+        rows: list[int],
+        images: torch.Tensor | None,
+        sizes: list[tuple[int, int]],
+        failed: list[tuple[int, str]],
+        gone: list[str],
     ) -> Batch:
+        if gone:
+            raise StorageError(
+                f"{gone[0]}; it was there when the job began, so nothing is skipped. Finished units stay: see whether "
+                "the data are where they were, and run again"
+            )
         labels = [self.images.label(row) for row in rows] if self.images.labelled else None
         problems = [(self.images.id(row), problem) for row, problem in failed]
         return Batch(rows, [self.images.id(row) for row in rows], labels, images, None, sizes, problems)
@@ -114,6 +148,10 @@ class _Lazy:
         return self._cuts()
 
 
+# A row and its image; or the reason why there is none, and whether the file is gone.
+_Read = tuple[int, torch.Tensor | None, str | None, bool]
+
+
 class _Readable(Dataset):
     """Images that come with their row and, where reading failed, the reason in place of an image.
 
@@ -123,17 +161,61 @@ class _Readable(Dataset):
     def __init__(self, images: ImageSet):
         self.images = images
 
-    def __getitem__(self, row: int) -> tuple[int, torch.Tensor | None, str | None]:
+    def __getitem__(self, row: int) -> _Read:
         try:
-            return row, self.images[row], None
+            return row, self.images[row], None, False
         except DataError as error:
-            return row, None, str(error)
+            return row, None, str(error), _is_gone(error)
 
 
-def _collate(
-    samples: list[tuple[int, torch.Tensor | None, str | None]],
-) -> tuple[list[int], torch.Tensor | None, list[tuple[int, int]], list[tuple[int, str]]]:
-    good = [(row, image) for row, image, problem in samples if problem is None]
+def _is_gone(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in GONE:
+            return True
+        error = error.__cause__
+    return False
+
+
+def _collate(samples: list[_Read]) -> tuple[Any, ...]:
+    good = [(row, image) for row, image, problem, _ in samples if problem is None]
     sizes = sorted({tuple(image.shape[-2:]) for _, image in good})
     images = torch.stack([image for _, image in good]) if len(sizes) == 1 else None
-    return [row for row, _ in good], images, sizes, [(row, problem) for row, _, problem in samples if problem]
+    failed = [(row, problem) for row, _, problem, _ in samples if problem]
+    return [row for row, _ in good], images, sizes, failed, [problem for _, _, problem, gone in samples if gone]
+
+
+def _begin(loader: DataLoader) -> Any:
+    """Starts a loader's processes.
+
+    Torch would raise in the midst of anything when one of them dies; asked for a batch it tells of that too.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    begun = iter(loader)
+    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return begun
+
+
+def _next(batches: Any, workers: int) -> tuple[Any, ...] | None:
+    try:
+        return next(batches, None)
+    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+        reason = str(error).strip()
+        # Of an exception inside a process torch's text begins with "Caught"; what is no RuntimeError is a pipe's end.
+        if not workers or reason.startswith("Caught") or type(error) is RuntimeError and "worker" not in reason:
+            raise
+        raise DiffrepError(
+            f"a process that decodes images was ended ({reason}), as when memory is short, or shared memory "
+            "(/dev/shm); finished units stay. Run again, with less workers, prefetch or batch_size"
+        ) from error
+
+
+def _outlive_signals(worker: int) -> None:
+    """Lets a process that decodes go on when a scheduler signals all of a job's: the job itself ends it in order."""
+    for number in dist.SIGNALS:
+        signal.signal(number, _pass_over)
+
+
+def _pass_over(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one means it

@@ -180,7 +180,8 @@ class ExtractJob:
         """
         with dist.StopSignal() as stop:
             writer = StoreWriter(self.config.out, self.meta())
-            if dist.worker().rank == 0 or writer.place.size("config.yaml") is None:
+            first = dist.worker().rank == 0 and not writer.indexed()  # one that is finished may be read-only by now
+            if first or writer.place.size("config.yaml") is None:
                 writer.place.write("config.yaml", [to_yaml(self.config).encode()])
             Work(self, writer, stop).run()
         return FeatureStore(self.config.out)

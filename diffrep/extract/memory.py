@@ -99,9 +99,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def clear_memory() -> None:
-    """Gives memory that is not used any more back to a GPU; a CPU's is free as soon as nothing refers to it."""
-    if torch.cuda.is_available():
-        clear_device_cache(garbage_collection=True)
+    """Frees what nobody uses any more: errors and their frames refer to each other, and hold tensors."""
+    clear_device_cache(garbage_collection=True)
 
 
 def free_memory(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from diffrep.dist import Worker
+from diffrep.errors import StoreError
 from diffrep.store.layout import write_whole
 
 # Seconds between two looks at what the other processes have done, and between two writings of the counters.
@@ -42,7 +44,7 @@ class Monitor:
         self.images = self.skipped = self.units = self.done = self._since = 0
         self.batch_size = 0
         self._began = self._looked = time.monotonic()
-        self._wrote = -WRITE
+        self._wrote = float("-inf")
         several = f" in {worker.world} processes" if worker.world > 1 else ""
         what = {"total": total, "unit": "unit"} if samples is None else {"total": samples, "unit": "image"}
         self._bar = tqdm(desc=f"extract{several}", disable=worker.rank > 0, smoothing=0.1, **what)
@@ -79,10 +81,21 @@ class Monitor:
         self.units += 1
 
     def write(self, last: bool = False) -> None:
-        """Writes the file of counters, when it is time or this is the last chance."""
-        if self.file is not None and (last or time.monotonic() - self._wrote >= WRITE):
-            self._wrote = time.monotonic()
+        """Writes the file of counters, when it is time or this is the last chance.
+
+        Raises:
+            StoreError: It cannot be written the first time. Later that is warned of once, and the work goes on.
+        """
+        if self.file is None or not (last or time.monotonic() - self._wrote >= WRITE):
+            return
+        try:
             write_whole(self.file, self.text().encode())
+        except StoreError as error:
+            if self._wrote < self._began:
+                raise
+            warnings.warn(f"the counters stay as they are: {error}", stacklevel=2)
+            self.file = None
+        self._wrote = time.monotonic()
 
     def close(self) -> None:
         """Ends the line and writes the counters a last time."""

@@ -59,13 +59,16 @@ def find_batch_size(
     probe = _Probe(extractor, height, width, cond, encode)
     size, best, rate, shrunk = min(FIRST, most), 0, 0.0, False
     while True:
+        found = room = None
         try:
             found, room = probe.measure(size)
         except OutOfMemory:
-            if best:
-                return best
             if size == 1:
                 raise
+        if found is None:
+            clear_memory()
+            if best:
+                return best
             size, shrunk = size // 2, True
             continue
         if best and found < GAIN * rate:
@@ -88,13 +91,9 @@ class _Probe:
         """Returns images per second at some rows of a forward, and whether the memory allows twice as many."""
         before = self._begin()
         best, spent, runs = float("inf"), 0.0, 0
-        try:
-            while runs < 2 or (runs < RUNS and spent < SECONDS):
-                seconds, lasted = self._run(rows)
-                best, spent, runs = min(best, seconds), spent + lasted, runs + 1
-        except OutOfMemory:
-            clear_memory()
-            raise
+        while runs < 2 or (runs < RUNS and spent < SECONDS):
+            seconds, lasted = self._run(rows)
+            best, spent, runs = min(best, seconds), spent + lasted, runs + 1
         taken = self._peak() - before
         kind = self.device.type
         return 1 / best, 2 * taken < SHARE.get(kind, 0.5) * free_memory(self.device)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from diffrep import dist
-from diffrep.errors import Stopped
+from diffrep.errors import Stopped, StoreError
 from diffrep.extract.monitor import Monitor
 from diffrep.extract.unit import UnitFeatures
 from diffrep.store import Claims, StoreWriter, Unit
@@ -51,11 +53,13 @@ class Work:
                 self._extract(publisher)
             self._finish()
         finally:
-            publisher.close()
-            self.claims.release_all()
             self.monitor.close()
+            publisher.close()
+            with suppress(StoreError):  # then they expire; what ended the job says more
+                self.claims.release_all()
 
     def _extract(self, publisher: _Publisher) -> None:
+        self._check_stop()  # what comes now may take long
         feed = self.job.feed()
         self.monitor.batch_size = self.job.batch_size
         wait = FIRST_WAIT
@@ -101,6 +105,17 @@ class Work:
             self.claims.release(unit.number)
             if written:
                 self.monitor.unit()
+            else:
+                self._lengthen_lease(unit)
+
+    def _lengthen_lease(self, unit: Unit) -> None:
+        # Else two processes whose batches take longer would take the last unit from each other for ever.
+        self.claims.lease *= 2
+        warnings.warn(
+            f"unit {unit.number} was taken over by another process, as this one made no progress for lease seconds; "
+            f"it grants others {self.claims.lease:g} s from now on. Use a longer lease",
+            stacklevel=2,
+        )
 
     def _look(self) -> None:
         self.claims.refresh()
@@ -126,51 +141,42 @@ class Work:
     def _check_stop(self) -> None:
         if self.stop.name is not None:
             raise Stopped(
-                f"stopped by {self.stop.name}: {self.claims.done:,} of {len(self.writer.units):,} units are in "
+                f"stopped by {self.stop.name}: at least {self.claims.done:,} of {len(self.writer.units):,} units are in "
                 f"{self.writer.place.target}; run the same command again to go on"
             )
 
 
 class _Publisher:
-    """Writes units in a thread, at most one waiting behind the one that is written."""
+    """Writes units in a thread, one at a time: two are in memory, that one and the one that is being filled."""
 
     def __init__(self, writer: StoreWriter, claims: Claims):
         self._writer, self._claims = writer, claims
-        self._todo: queue.Queue[UnitFeatures | None] = queue.Queue(maxsize=1)
+        self._todo: queue.Queue[UnitFeatures | None] = queue.Queue()
         self._done: queue.Queue[tuple[Unit, bool]] = queue.Queue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, daemon=True, name="diffrep-writer")
         self._thread.start()
 
     def put(self, features: UnitFeatures) -> list[tuple[Unit, bool]]:
-        """Hands a unit over; returns those that are through, and whether this process published them."""
-        self._put(features)
-        return self._through()
+        """Hands a unit over when the one before is through; returns those, and whether this process published them."""
+        through = self.flush()
+        self._todo.put(features)
+        return through
 
     def flush(self) -> list[tuple[Unit, bool]]:
         """Waits until all units are through and returns them."""
         self._todo.join()
-        return self._through()
-
-    def close(self) -> None:
-        """Ends the thread when it is through."""
-        self._todo.put(None)
-        self._thread.join()
-
-    def _put(self, features: UnitFeatures) -> None:
-        self._raise()
-        self._todo.put(features)
-
-    def _through(self) -> list[tuple[Unit, bool]]:
-        self._raise()
+        if self._error is not None:
+            raise self._error
         found = []
         while not self._done.empty():
             found.append(self._done.get())
         return found
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
+    def close(self) -> None:
+        """Ends the thread when it is through."""
+        self._todo.put(None)
+        self._thread.join()
 
     def _work(self) -> None:
         while (features := self._todo.get()) is not None:

@@ -179,7 +179,9 @@ class AggregationNetwork(Head):
             state = read_tensors(Path(weights))
             if isinstance(state, dict) and isinstance(state.get(HOLDER), dict):
                 state = state[HOLDER]
-            if not isinstance(state, dict) or not all(isinstance(one, torch.Tensor) for one in state.values()):
+            if not isinstance(state, dict) or not all(
+                isinstance(key, str) and isinstance(one, torch.Tensor) for key, one in state.items()
+            ):
                 raise CheckpointError(f"{weights} holds no weights of an aggregation network")
         where = "the state dict" if isinstance(weights, Mapping) else weights
         state = {key: value for key, value in state.items() if key != UNUSED}

@@ -191,7 +191,12 @@ def checksum(content: bytes) -> str:
 
 def ids_checksum(ids: list[str], skipped: list[dict[str, str]]) -> str:
     """Returns what the header of a unit's tensors holds of the names in its JSON, so that these go together."""
-    return checksum(json.dumps([ids, skipped]).encode())
+    return names_checksum(json.dumps(ids), json.dumps(skipped))
+
+
+def names_checksum(ids: str, skipped: str) -> str:
+    """Returns the same for what is JSON already."""
+    return checksum(f"[{ids}, {skipped}]".encode())
 
 
 def to_json(value: Any) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from diffrep.errors import printable
 from diffrep.store.claims import read_owner
 from diffrep.store.finished import Finished
 from diffrep.store.header import DTYPES
@@ -155,11 +156,6 @@ def describe_owner(owner: dict[str, Any] | None) -> str:
     """Returns whom a claim names, in words."""
     known = [f"{key} {owner[key]}" for key in ("host", "pid", "rank", "started") if owner and key in owner]
     return printable(", ".join(known) or "nobody knows whom")
-
-
-def printable(text: str) -> str:
-    """Returns a text that may come from anybody without what a terminal would obey or cannot show."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def _told(meta: dict[str, Any], *keys: str) -> str:

@@ -95,5 +95,6 @@ class Packed:
     def _contents(self) -> Iterator[memoryview]:
         yield memoryview(self._header)
         for _, tensor in self._tensors:
-            plain = tensor.detach().cpu().contiguous().reshape(-1)
-            yield memoryview(plain.view(torch.uint8).numpy())
+            if tensor.numel():  # an empty one may have strides that no view takes
+                plain = tensor.detach().cpu().contiguous().reshape(-1)
+                yield memoryview(plain.view(torch.uint8).numpy())

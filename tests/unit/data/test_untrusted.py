@@ -17,6 +17,7 @@ from PIL import Image, ImageFile
 
 from diffrep.data import Transform
 from diffrep.data.images import MAX_PIXELS, decode
+from diffrep.data.pairs import PairImage
 from diffrep.errors import DataError
 
 
@@ -72,6 +73,28 @@ def test_decompression_bombs(width, height):
         warnings.simplefilter("error")
         with pytest.raises(DataError, match=f"{width}x{height}|exceeds limit"):
             read(png_of(width, height))
+
+
+def test_a_png_whose_pixels_are_others_than_were_written():
+    content = bytearray(png_of(8, 8, bytes(9 * 8)))
+    assert read(bytes(content)).getpixel((7, 7)) == 0
+    packed_pixels = zlib.compress(bytes(9 * 7) + b"\0" + b"\7" * 8)
+    with_old_sum = chunk(b"IDAT", packed_pixels)[:-4] + bytes(content[content.index(b"IEND") - 8 :][:4])
+    start, stop = content.index(b"IDAT") - 4, content.index(b"IEND") - 4
+    with pytest.raises(DataError, match="its pixels do not fit their checksum"):
+        read(bytes(content[:start]) + with_old_sum + bytes(content[stop:]))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_size_of_an_image_that_is_too_large_or_of_another_kind(tmp_path):
+    (tmp_path / "a.png").write_bytes(png_of(9460, 9460))
+    RAMP.save(tmp_path / "b.png", "EPS")
+    RAMP.save(tmp_path / "c.jpg", "PNG")
+    with pytest.raises(DataError, match="^a: cannot read the image: its size is 9460x9460"):
+        PairImage("a", tmp_path / "a.png").size()
+    with pytest.raises(DataError, match="^b: cannot read the image: not an image"):
+        PairImage("b", tmp_path / "b.png").size()
+    assert PairImage("c", tmp_path / "c.jpg").size() == (8, 8)
 
 
 def test_text_that_unpacks_to_gigabytes():
