@@ -159,5 +159,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # of JSON, UTF-8, or a number of thousands of digits
         raise CheckpointError(f"cannot read {file}: {error}") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{file} holds a {type(found).__name__}; a config is an object with names")
+        raise CheckpointError(
+            f"{file} must hold a JSON object, such as the constructor's arguments, got {str(found)[:50]}"
+        )
     return found

@@ -183,11 +183,8 @@ def _diffusers_file(file: Path, family: str, config: Any, device: torch.device, 
 
 def read_config(config: Any) -> Any:
     """Returns a variant's name, or the arguments, read from a JSON file where a file is named."""
-    named = config
     if not isinstance(config, Mapping) and str(config).endswith(".json"):
         config = folders.read_json(Path(config))
-        if not isinstance(config, Mapping):
-            raise ConfigError(f"{named} must hold the constructor's arguments, a JSON object, got {config!r}")
     return dict(config) if isinstance(config, Mapping) else str(config)
 
 

@@ -79,14 +79,15 @@ class ShardSet:
     def samples(self, index: int, pause: Callable[[float], object] = time.sleep) -> Iterator[Sample]:
         """Gives the samples of a shard in order, those that cannot be used with the reason.
 
-        Where a shard is missing or damaged, a last sample with the shard's name as id says so.
+        Where a shard is damaged, or one that nobody has listed is missing, a last sample with the shard's name as id
+        says so.
 
         Args:
             index: The shard's position.
             pause: Waits some seconds before a shard is begun anew.
 
         Raises:
-            StorageError: The storage failed three times.
+            StorageError: The storage failed three times, or has lost the shard.
             ConfigError: A label is not an integer.
         """
         name = self.shards[index]
@@ -157,7 +158,7 @@ class ShardSet:
             if attempt:
                 pause(PAUSE * 2 ** (attempt - 1))
             try:
-                with _opened(path, glance, attempt > 0) as file:
+                with _opened(path, self.sizes[index] is not None, glance, attempt > 0) as file:
                     for item in islice(read(index, file), given, None):
                         given += 1
                         yield item
@@ -211,10 +212,12 @@ class ShardSet:
 
 
 @contextmanager
-def _opened(path: str, glance: bool, again: bool) -> Iterator[Watched]:
+def _opened(path: str, listed: bool, glance: bool, again: bool) -> Iterator[Watched]:
     try:
         file = open_file(path, glance, again)
     except MISSING as error:
+        if listed:  # a disk or folder that vanished, and skipping would go on to the end of the set
+            raise ReadFailed(f"{error}; it was there when the set was opened") from error
         raise DataError(f"is missing: {error}") from error
     except DiffrepError:
         raise

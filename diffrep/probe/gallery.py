@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
+from yaml import YAMLError
 
-from diffrep.config import ExtractConfig, ProbeConfig, load_config
+from diffrep.config import ExtractConfig, ProbeConfig, validate
 from diffrep.data import ImageSet, open_images
-from diffrep.errors import DiffrepError
+from diffrep.errors import ConfigError, DiffrepError
 from diffrep.probe.scores import Result
 from diffrep.probe.task import Task
 from diffrep.store import FeatureStore
@@ -54,8 +57,19 @@ def open_store_images(store: FeatureStore, config: ProbeConfig) -> ImageSet:
 
 
 def store_config(store: FeatureStore) -> ExtractConfig:
-    """Returns the config a store was made with."""
-    return load_config(ExtractConfig, [store.path / CONFIG])
+    """Returns the config a store was made with, wherever the store lies.
+
+    Raises:
+        StoreError: It is missing.
+        ConfigError: It is damaged.
+    """
+    where = store.place.where(CONFIG)
+    try:
+        content = OmegaConf.create(store.place.read(CONFIG).decode())
+        values = OmegaConf.to_container(content, resolve=True)
+    except (UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot read {where}: {str(error).partition(chr(10))[0]}") from error
+    return validate(ExtractConfig, values, where)
 
 
 def rows_of(images: ImageSet, ids: list[str]) -> list[int]:

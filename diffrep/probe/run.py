@@ -195,7 +195,7 @@ class Probe:
         pairs = self._pairs(name, config, store)
         kind = config.kind or name
         # Features that were handed over may be others next time, and then the head is another too.
-        folder = self.out / "trained" / (name if store is self.stores[name] else f"{name}-{store.path.name}")
+        folder = self.out / "trained" / (name if store is self.stores[name] else f"{name}-{store.name}")
         trained = [
             train_head(kind, store, pairs, task, config, folder / f"seed-{seed}", seed, self.measure.name)
             for task, seed in zip(self.tasks, self.seeds, strict=True)

@@ -196,6 +196,9 @@ def test_a_store_that_points_outside(call, words, folder, tmp_path, place):
 
 def test_a_network_that_is_none(call, words, folder, tmp_path):
     net = save_tiny("unet2d", tmp_path / "net")
-    for config, told in (('{"_class_name": "logging"}', "no network of class 'logging'"), ("[]", "holds a list")):
+    for config, told in (
+        ('{"_class_name": "logging"}', "no network of class 'logging'"),
+        ("[]", "must hold a JSON object"),
+    ):
         (net / "unet/config.json").write_text(config)
         assert told in call("extract", *words, f"backbone={net}", f"data={folder}", status=2)

@@ -152,7 +152,7 @@ def test_a_config_in_a_json_file(configs, load, files, family, tmp_path):
     file.write_text(json.dumps(configs[family]))
     assert_same(load(files[family], family), load(files[family], family, file))
     file.write_text("[1]")
-    with pytest.raises(ConfigError, match="must hold the constructor's arguments, a JSON object"):
+    with pytest.raises(CheckpointError, match=r"must hold a JSON object, .* the constructor's arguments, got \[1\]"):
         load(files[family], family, str(file))
 
 

@@ -1,5 +1,7 @@
+import multiprocessing
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -9,7 +11,9 @@ import pytest
 import torch
 
 from diffrep import ExtractConfig, ExtractJob, FeatureStore, dist
-from diffrep.errors import DataError, Stopped
+from diffrep.data.shards import StorageError
+from diffrep.errors import DataError, DiffrepError, Stopped, StoreError
+from diffrep.extract import work
 from diffrep.extract.features import Features
 from diffrep.extract.feed import Batch, ImageFeed
 from diffrep.extract.monitor import Monitor
@@ -110,6 +114,111 @@ def test_an_unreadable_image_stops_the_job_or_is_skipped(unet, unet_folder, tmp_
     assert "train/class0/0.png" in (tmp_path / "store/skipped.jsonl").read_text()
 
 
+def after(job, batches, act):
+    """Does something before the job reads the batch behind so many."""
+    read, seen = job.read, []
+
+    def reading(batch):
+        seen.append(batch)
+        if len(seen) == batches + 1:
+            act()
+        return read(batch)
+
+    job.read = reading
+    return job
+
+
+@pytest.mark.mp
+def test_processes_that_decode_outlive_the_signal_that_ends_the_job(unet, config):
+    def signal_all():  # as a scheduler does
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGCHLD)
+    job = after(ExtractJob(config.model_copy(update={"workers": 2}), unet), 3, signal_all)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        job.run()
+    assert list(Path(config.out).glob("claims/*")) == []
+    assert multiprocessing.active_children() == []
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+@pytest.mark.mp
+def test_a_process_that_decodes_and_is_killed_ends_the_job_with_advice(unet, config):
+    def kill():
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        time.sleep(0.1)
+
+    job = after(ExtractJob(config.model_copy(update={"workers": 1}), unet), 3, kill)
+    with pytest.raises(DiffrepError, match="a process that decodes images was ended .* less workers"):
+        job.run()
+    assert list(Path(config.out).glob("claims/*")) == []
+
+
+def test_images_that_vanish_are_not_skipped(unet, unet_folder, tmp_path):
+    images = save_images(tmp_path / "images")
+    job = ExtractJob(config_of(unet_folder, images, tmp_path / "store", on_error="skip"), unet)
+    with pytest.raises(StorageError, match="cannot read the image: .*; it was there when the job began"):
+        after(job, 3, lambda: images.rename(tmp_path / "away")).run()
+    assert not (tmp_path / "store/index.json").exists()
+    (tmp_path / "away").rename(images)
+    assert len(ExtractJob(job.config, unet).run()) == 36
+
+
+def test_a_store_that_vanishes_is_told_of_and_not_made_anew(unet, config):
+    job = after(ExtractJob(config, unet), 3, lambda: shutil.rmtree(config.out))
+    with pytest.raises(StoreError, match="the store is not there any more; finished units stay"):
+        job.run()
+    assert not Path(config.out).exists()
+
+
+def test_a_finished_store_is_left_as_it_is(unet, config):
+    ExtractJob(config, unet).run()
+    files = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
+    assert len(ExtractJob(config.model_copy(update={"batch_size": 8}), unet).run()) == 36
+    assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == files
+
+
+def test_batches_that_take_longer_than_the_lease_come_to_an_end(unet_folder, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "LAST_WAIT", 0.05)
+    data = {"path": str(image_folder), "splits": "train"}
+    slow = {"lease": 0.02, "unit_size": 18, "batch_size": 9}  # of a single unit
+    config = config_of(unet_folder, image_folder, tmp_path / "store", data=data, **slow)
+    jobs = [ExtractJob(config) for _ in range(2)]
+    for job in jobs:
+        job.read = lambda batch, read=job.read: time.sleep(0.3) or read(batch)
+    running = [threading.Thread(target=job.run, daemon=True) for job in jobs]
+    with pytest.warns(UserWarning, match="was taken over by another process.*Use a longer lease"):
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join(30)
+    assert not any(thread.is_alive() for thread in running)
+    assert FeatureStore(config.out).verify() == []
+
+
+def test_two_units_are_in_memory_at_most(unet, config):
+    may_write = threading.Event()
+
+    class Slow(StoreWriter):
+        def write(self, *given, **more):
+            may_write.wait()
+            return super().write(*given, **more)
+
+    writer = Slow(config.out, ExtractJob(config, unet).meta())
+    publisher = work._Publisher(writer, Claims(writer.place, writer.units, 300))
+    publisher.put(UnitFeatures(writer.units[0], 4))
+    second = threading.Thread(target=publisher.put, args=[UnitFeatures(writer.units[1], 4)])
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    may_write.set()
+    second.join(5)
+    assert not second.is_alive()
+    publisher.close()
+
+
 def test_room_for_a_shard_grows():
     table = LevelTable([(1, Level("t=1", 1, 0.9, 0.4))])
     features = UnitFeatures(Unit(0, "all", range(1)), None)
@@ -138,9 +247,24 @@ def test_counters_are_prometheus_text(tmp_path):
     assert float(re.search(r'part="network"} (.*)', text)[1]) >= 0.01
 
 
+def test_counters_that_cannot_be_written_end_a_job_only_at_its_beginning(tmp_path):
+    def monitor(file):
+        return Monitor(10, 100, dist.Worker(), torch.device("cpu"), str(file), "store")
+
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot write"):
+        monitor(tmp_path / "file/counters").batch(8, 2)
+    counting = monitor(tmp_path / "folder/counters")
+    counting.batch(8, 2)
+    shutil.rmtree(tmp_path / "folder")
+    (tmp_path / "folder").touch()
+    with pytest.warns(UserWarning, match="the counters stay as they are: cannot write"):
+        counting.write(last=True)
+    counting.close()
+
+
 def test_the_job_writes_counters(unet, config, tmp_path):
     ExtractJob(config.model_copy(update={"monitor": str(tmp_path / "counters")}), unet).run()
     text = (tmp_path / "counters").read_text()
     for name, value in {"images_total": 36, "units_total": 10, "store_units_done": 10, "batch_size": 2}.items():
         assert f'diffrep_{name}{{store="store",rank="0"}} {value}\n' in text
-

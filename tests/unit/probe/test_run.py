@@ -325,6 +325,15 @@ def test_the_report_shows_the_images_that_the_store_was_made_from(tmp_path):
     assert "no test images" in run_probe(config(store.path, missing="allow", finalists=1))["notes"][0]
 
 
+def test_the_images_of_a_remote_store_are_found(unet, image_folder, tmp_path):
+    request = FeatureRequest("mid_block", [100], pool="mean")
+    out = f"memory://{tmp_path.name}/store"
+    ExtractJob(ExtractConfig(backbone="net", data=str(image_folder), request=request, out=out), unet).run()
+    metrics = run_probe(config(out, out=tmp_path / "run", missing="allow", heads=["knn"]))
+    assert metrics["gallery"]
+    assert not any("no test images" in note for note in metrics["notes"])
+
+
 def test_levels_of_a_trajectory_share_what_leads_to_them(unet, image_folder, tmp_path):
     request = FeatureRequest("mid_block", ["inversion 1/4", "inversion 2/4"], noise="inversion", pool="mean")
     data = DataConfig(path=str(image_folder), limit=2)
