@@ -23,7 +23,7 @@ from diffrep.errors import ConfigError, DataError
 from diffrep.extract.extractor import Extractor
 from diffrep.extract.features import Features
 from diffrep.extract.feed import Batch, Feed, ImageFeed
-from diffrep.extract.latents import open_latents
+from diffrep.extract.latents import check_latents, open_latents
 from diffrep.extract.plan import Plan
 from diffrep.extract.sizing import find_batch_size
 from diffrep.extract.stream import StreamFeed
@@ -59,6 +59,8 @@ class ExtractJob:
         self.backbone = backbone or open_backbone(config.backbone)
         self.images = images or open_data(config.data, self.backbone.image_channels)
         self.cond = read_cond(config.cond)
+        if config.latents is not None:
+            check_latents(self.backbone, self.images)
         adaptive = config.batch_size == "auto"
         self.extractor = Extractor(
             self.backbone, config.request, 64 if adaptive else config.batch_size, pad=config.pad, adaptive=adaptive

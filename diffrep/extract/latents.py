@@ -160,10 +160,7 @@ def open_latents(
         StoreError: The store holds latents of other images, or of another codec; every difference is named.
         DataError: An image cannot be read and `on_error` is "stop".
     """
-    if not isinstance(images, ImageSet):
-        raise ConfigError("latents are kept of sets that are listed; leave latents out, or data.stream")
-    if isinstance(backbone.codec, (IdentityCodec, ImagesCodec)):
-        raise ConfigError(f"{backbone.name} takes the images as they are and has no codec; leave latents out")
+    check_latents(backbone, images)
     sampled = config.request.posterior == "sample" and backbone.codec.random
     made = PrepareBackbone.of_codec(backbone.codec, sampled, backbone.device, backbone.name)
     if open_place(path).size(INDEX) is None:
@@ -174,6 +171,14 @@ def open_latents(
     if size is None:
         size = 64 if config.batch_size == "auto" else config.batch_size
     return LatentFeed(images, store, size, sampled, config.prefetch, pin=backbone.device.type == "cuda")
+
+
+def check_latents(backbone: Backbone, images: Any) -> None:
+    """Raises ConfigError where there are no latents to keep: the backbone has no codec, or the images are streamed."""
+    if not isinstance(images, ImageSet):
+        raise ConfigError("latents are kept of sets that are listed; leave latents out, or data.stream")
+    if isinstance(backbone.codec, (IdentityCodec, ImagesCodec)):
+        raise ConfigError(f"{backbone.name} takes the images as they are and has no codec; leave latents out")
 
 
 def _make(

@@ -91,10 +91,10 @@ class Monitor:
         try:
             write_whole(self.file, self.text().encode())
         except StoreError as error:
+            self.file = None
             if self._wrote < self._began:
                 raise
             warnings.warn(f"the counters stay as they are: {error}", stacklevel=2)
-            self.file = None
         self._wrote = time.monotonic()
 
     def close(self) -> None:

@@ -140,9 +140,10 @@ class Work:
 
     def _check_stop(self) -> None:
         if self.stop.name is not None:
+            units = f"at least {self.claims.done:,} of {len(self.writer.units):,} units"
             raise Stopped(
-                f"stopped by {self.stop.name}: at least {self.claims.done:,} of {len(self.writer.units):,} units are in "
-                f"{self.writer.place.target}; run the same command again to go on"
+                f"stopped by {self.stop.name}: {units} are in {self.writer.place.target}; run the same command again "
+                "to go on"
             )
 
 

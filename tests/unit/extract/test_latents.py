@@ -158,7 +158,7 @@ def test_latents_from_a_training_set(config, extract, net, plain, tmp_path):
 
 
 def test_who_has_no_latents(config, extract, backbone, unet, tmp_path):
-    given = config("a", request_layers=["blocks"], latents=str(tmp_path / "latents"))
+    given = config(tmp_path / "a", request_layers=["blocks"], latents=str(tmp_path / "latents"))
     with pytest.raises(ConfigError, match="takes the images as they are and has no codec; leave latents out"):
         extract(given, unet)
     with pytest.raises(ConfigError, match="sets that are listed; leave latents out, or data.stream"):
