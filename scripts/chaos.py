@@ -107,7 +107,7 @@ class Set:
         """Compares a complete store with the truth, and deletes it."""
         report = verify(out)
         if not report.clean:
-            raise Failure(f"{out}: {report}")
+            raise Failure(report.text())
         expected = {"meta.json", "index.json", "config.yaml", "units"}
         found = {path.name for path in out.iterdir()}
         if found != expected:

@@ -193,7 +193,9 @@ def _begin(loader: DataLoader) -> Any:
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
     begun = iter(loader)
-    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    # An earlier loader of this process may have left torch's.
+    mine = before is not None and getattr(before, "__module__", "").split(".")[0] != "torch"
+    signal.signal(signal.SIGCHLD, before if mine else signal.SIG_DFL)
     return begun
 
 

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from diffrep.errors import StoreError
 from diffrep.store.header import damaged
-from diffrep.store.index import UnitInfo, read_unit
-from diffrep.store.layout import Unit, checksum, tensor_name
+from diffrep.store.index import UnitInfo
+from diffrep.store.layout import Unit, checksum, ids_checksum, tensor_name
 from diffrep.store.meta import read_shapes
 from diffrep.store.reader import FeatureStore
+from diffrep.store.table import read_info
 from diffrep.store.tensors import MemoryUnit, load_unit
 from diffrep.store.writer import BESIDE_THE_POINT, VERSIONS, StoreWriter, flatten
 
@@ -164,7 +165,7 @@ class _Merge:
         Raises:
             StoreError: A store's files of it are damaged, or the stores hold other samples.
         """
-        infos = [read_unit(store.place, unit.number, self.writer.units) for store in self.stores]
+        infos = [read_info(store.place, unit.number, self.writer.units) for store in self.stores]
         files = [_read(store, info) for store, info in zip(self.stores, infos, strict=True)]
         rows = [file.tensor("row").tolist() for file in files]
         everywhere = set(rows[0]).intersection(*rows[1:])
@@ -205,6 +206,8 @@ def _read(store: FeatureStore, info: UnitInfo) -> MemoryUnit:
     file = load_unit(store.place, tensor_name(info.unit), info.bytes)
     if checksum(file.memory) != info.checksum:
         raise damaged(file.where, "its checksum is not the one in its JSON")
+    if file.metadata.get("ids") != ids_checksum(info.ids, info.skipped):
+        raise damaged(file.where, "the ids in its JSON are those of other samples")
     shapes = read_shapes(store.place, store.meta)
     file.check(info.samples, {name: shapes[name.rpartition("@")[0]] for name in _names(store.meta)})
     return file

@@ -10,7 +10,7 @@ alike. The page cache is warm; what is written is removed between the calls, out
   A store's units are written with their JSON and checksum. "no fsync" turns `os.fsync` off in this script alone, as
   `save_file` does not call it; in the rows with fsync each file is synced, and a store's folders too.
 - Sequential reading copies everything once, as tensors, in blocks of 256 vectors or 32 maps. A random batch is 256
-  vectors or 32 maps in ascending order, ten batches a call. Both are compared with one mapped numpy file.
+  vectors or 32 maps in ascending order, ten of them a round. Both are compared with one mapped numpy file.
 
 WebDataset, zarr, Parquet and Lance are measured where they are installed; the script says which are missing.
 """
@@ -22,6 +22,7 @@ import tempfile
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -308,7 +309,7 @@ def measure_writing(forms, rounds, folder):
 
 
 def measure_reading(forms, rounds, features, size):
-    """Returns the median seconds of reading all, and of ten random batches; checks what is read."""
+    """Returns the median seconds of reading all, and of a random batch; checks what is read."""
     generator = np.random.default_rng(0)
     batches = [np.sort(generator.choice(len(features), size, replace=False)) for _ in range(BATCHES)]
     for name, form in forms.items():
@@ -316,8 +317,14 @@ def measure_reading(forms, rounds, features, size):
         if form.take is not None:
             assert torch.equal(form.take(batches[0]), features[batches[0]]), name
     whole = {name: sequential(form, len(features), size) for name, form in forms.items()}
-    some = {name: lambda f=form: [f.take(rows) for rows in batches] for name, form in forms.items() if form.take}
-    return median_times(rounds, whole, 1), median_times(rounds, some, 1)
+    some = {name: one_by_one(form.take, batches) for name, form in forms.items() if form.take}
+    return median_times(rounds, whole, 1), median_times(rounds * BATCHES, some, 1)
+
+
+def one_by_one(take, batches):
+    """Returns a call that takes the next of some batches, over and over."""
+    turns = cycle(batches)
+    return lambda: take(next(turns))
 
 
 def compare(case, kinds, rounds, options):
@@ -334,14 +341,14 @@ def compare(case, kinds, rounds, options):
         written = measure_writing(forms, rounds, folder)
         whole, some = measure_reading(forms, rounds, features, size)
     megabytes = features.nbytes / 1e6
-    batches = megabytes * size * BATCHES / len(features)
+    batch = megabytes * size / len(features)
     rows = []
     for name in forms:
         row = {"case": case, "format": name}
         for key, seconds, amount in (
             ("write", written, megabytes),
             ("read", whole, megabytes),
-            ("random", some, batches),
+            ("random", some, batch),
         ):
             if name in seconds:
                 row[key] = amount / seconds[name]

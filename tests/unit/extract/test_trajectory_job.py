@@ -9,6 +9,7 @@ from diffrep import ExtractConfig, FeatureRequest, FeatureStore, load_backbone, 
 from diffrep.errors import ConfigError
 from diffrep.extract import make_plan
 from diffrep.extract.job import ExtractJob
+from diffrep.store.repair import repair
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "extract"
 
@@ -44,6 +45,7 @@ def test_a_store_of_an_inversion_goes_on_where_it_stopped(config, unet, tmp_path
     before = store["mid_block", "inversion 2/4"].clone()
     unit = sorted(Path(config.out, "units").rglob("*.json"))[1]
     unit.unlink()
+    repair(config.out)
     again = ExtractJob(config).run()
     assert torch.equal(again["mid_block", "inversion 2/4"], before)
     assert FeatureStore(config.out).verify() == []

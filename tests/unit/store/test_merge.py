@@ -10,7 +10,7 @@ from diffrep.errors import StoreError
 from diffrep.extract.job import ExtractJob
 from diffrep.store import StoreWriter
 from diffrep.store.check import verify
-from diffrep.store.layout import tensor_file
+from diffrep.store.layout import info_file, tensor_file
 from diffrep.store.merge import merge_meta, merge_stores
 
 SHAPES = {"mid": [3], "up": [3, 2], "down": [4]}
@@ -220,12 +220,16 @@ def test_aliases_and_trajectories_are_joined():
 
 def test_damage_is_not_carried_over(tmp_path):
     one, two = make_store(tmp_path / "one", ["mid"], ["5"]), make_store(tmp_path / "two", ["up"], ["5"])
-    file = tensor_file(two, 3)
+    names = info_file(one, 1)
+    names.write_text(names.read_text().replace("id2", "id9"))
+    with pytest.raises(StoreError, match="one/units/0000/0000001.safetensors: the ids in its JSON are those of other"):
+        merge_stores([one, two], tmp_path / "out")
+    file = tensor_file(two, 0)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(StoreError, match="two/units/0000/0000003.safetensors: its checksum is not the one"):
-        merge_stores([one, two], tmp_path / "out")
+    with pytest.raises(StoreError, match="two/units/0000/0000000.safetensors: its checksum is not the one"):
+        merge_stores([one, two], tmp_path / "out two")
 
 
 def test_what_is_refused(tmp_path):
