@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from timing import write_json
 
 from diffrep.store import FeatureStore, StoreWriter
 from diffrep.store.check import verify
@@ -354,13 +355,10 @@ def main(words=None):
     folder = Path(tempfile.mkdtemp(prefix="index-", dir=options.folder))
     try:
         rows = simulate(folder / "store", options)
+        print(table(rows), flush=True)
+        write_json(options.json, "index", rows)
     finally:
         shutil.rmtree(folder)
-    print(table(rows))
-    if options.json:
-        from timing import write_json
-
-        write_json(options.json, "index", rows)
 
 
 if __name__ == "__main__":
