@@ -25,10 +25,10 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 import torch
-from diffrep.store.check import verify
 
 from diffrep import FeatureStore
 from diffrep.cli import main as command
+from diffrep.store.check import verify
 from diffrep.testing import save_images, save_tiny
 
 IMAGES, UNIT, BATCH = 72, 4, 2
