@@ -205,6 +205,7 @@ def test_closing_while_the_storage_hangs(counting, monkeypatch):
     monkeypatch.setattr("diffrep.extract.stream.PATIENCE", 0.1)
     batches = StreamFeed(counting, 4, 1, 8)(units_of(counting))
     next(batches)
+    settled(lambda: Counting.read)  # it has come to where the storage hangs
     began = time.monotonic()
     batches.close()
     assert time.monotonic() - began < 2
