@@ -30,6 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "scripts" / "bench"
 LAST_WORDS = 2000  # characters of a failed check's output that go into the JSON
+LONGEST_NAME = 48  # characters; a longer text of a row is a remark, and no name of it
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,9 @@ def table(found):
                 told = f"{one['outcome']} | {one['seconds']} | {one['test']} | {figures(one['message'])}"
                 lines.append(f"| {name} | {told} |")
         for row in check.get("rows", []):
-            what = ", ".join(figures(value) for value in row.values() if isinstance(value, str))
-            rest = {key: value for key, value in row.items() if not isinstance(value, str) and value is not None}
+            names = {key: value for key, value in row.items() if isinstance(value, str) and len(value) <= LONGEST_NAME}
+            what = ", ".join(map(figures, names.values()))
+            rest = {key: value for key, value in row.items() if key not in names and value is not None}
             told = ", ".join(f"{key} {figures(value)}" for key, value in rest.items())
             lines.append(f"| {name} | | | {what} | {told} |")
     return "\n".join(lines) + "\n"

@@ -88,7 +88,7 @@ def main():
 
             options.source = str(save_tiny("unet2d-condition", folder))
         backbone = load_backbone(options.source, dtype="float32")
-    cond = torch.zeros(77, backbone.conditioner.width) if options.latent else None
+    cond = torch.zeros(77, backbone.conditioner.shapes["prompt_embeds"][-1]) if options.latent else None
     size = backbone.image_size
     images = torch.rand(options.images, backbone.image_channels, size, size)
     ids = [str(i) for i in range(options.images)]
