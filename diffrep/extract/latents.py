@@ -22,6 +22,7 @@ from diffrep.extract.feed import Batch
 from diffrep.store import NUMERICS, FeatureStore, Unit, open_place
 from diffrep.store.layout import INDEX, changes, units_of
 from diffrep.store.table import read_info, read_table
+from diffrep.store.writer import flatten
 
 LEVEL = "clean"
 
@@ -205,18 +206,11 @@ def _compare(store: FeatureStore, backbone: PrepareBackbone, images: ImageSet) -
         "transform": {"channels": transform.channels, "size": transform.size, "fit": transform.fit},
         "request": {"dtype": "float32", "pool": "none", "tokens": False},
     }
-    wanted = _flat(json.loads(json.dumps(wanted)))
-    stored = _flat(store.meta)
+    wanted = flatten(json.loads(json.dumps(wanted)))
+    stored = flatten(store.meta)
     differ = changes({key: stored.get(key) for key in wanted}, wanted)
     if differ:
         raise StoreError(
             f"{store.path} holds other latents than are wanted; give latents another place, where they are made. They "
             "differ in\n  " + "\n  ".join(differ)
         )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    parts = [_flat(inner, f"{prefix}.{key}" if prefix else key) for key, inner in value.items()]
-    return {key: inner for part in parts for key, inner in part.items()}
