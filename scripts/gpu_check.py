@@ -247,6 +247,7 @@ def main():
     parser.add_argument("--data", type=Path, help="folder of images, for the check codec")
     options = parser.parse_args()
     options.out = options.out.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, which ends the check under way too
     found = environment()
     if not found["devices"] and not options.cpu:
         torch, cuda = found["versions"]["torch"], found["versions"]["cuda"]

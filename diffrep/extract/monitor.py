@@ -45,6 +45,7 @@ class Monitor:
         self.batch_size = 0
         self._began = self._looked = time.monotonic()
         self._wrote = float("-inf")
+        self._progress = time.time()
         several = f" in {worker.world} processes" if worker.world > 1 else ""
         what = {"total": total, "unit": "unit"} if samples is None else {"total": samples, "unit": "image"}
         self._bar = tqdm(desc=f"extract{several}", disable=worker.rank > 0, smoothing=0.1, **what)
@@ -73,6 +74,7 @@ class Monitor:
         self.images += read
         self.skipped += skipped
         self._since += read + skipped
+        self._progress = time.time()
         self._show()
         self.write()
 
@@ -116,7 +118,7 @@ class Monitor:
             ("images_per_second", "gauge", "Mean rate of this process.", {"": self.images / elapsed}),
             ("batch_size", "gauge", "Rows of one forward.", {"": self.batch_size}),
             ("device_bytes", "gauge", "Most device memory held so far.", {"": self._device_bytes()}),
-            ("last_progress_seconds", "gauge", "Unix time of the last batch.", {"": time.time()}),
+            ("last_progress_seconds", "gauge", "Unix time of the last batch.", {"": self._progress}),
         ):
             lines += [f"# HELP diffrep_{name} {what}", f"# TYPE diffrep_{name} {kind}"]
             labels = f'store="{_escaped(self.store)}",rank="{self.worker.rank}"'

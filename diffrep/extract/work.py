@@ -136,6 +136,7 @@ class Work:
         until = time.monotonic() + seconds
         while self.stop.name is None and time.monotonic() < until:
             time.sleep(min(0.1, seconds))
+        self.monitor.write()  # a process that waits is well
         self._check_stop()
 
     def _check_stop(self) -> None:

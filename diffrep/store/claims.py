@@ -2,7 +2,8 @@
 
 A claim is the file claims/0000123, made exclusively, with JSON of its owner. The owner touches it as it makes
 progress. It is stale, and its unit may be taken over, when it has not changed for `lease` seconds of the observer's
-own clock, so that no two clocks are compared; or at once when it names a process of this very machine that is gone.
+own clock, so that no two clocks are compared; at once when it names a process of this very machine that is gone; and
+after some seconds when it names nobody.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from diffrep.store.processes import is_gone, this_process
 
 INDEX_CLAIM = f"{CLAIMS}/index"
 TOKENS = re.compile(r"[0-9A-Za-z-]{1,64}")
+# Seconds after which a claim that names nobody is stale: its process was killed between making it and signing it.
+UNSIGNED = 10.0
 # Folders among which a process that has run into another one's stretch chooses the emptiest, and how many it looks
 # into before it waits: at the end of a big job a thousand processes look for the last units.
 CHOICE, MOST = 2, 6
@@ -255,19 +258,26 @@ class Claims:
             self._observe(name, seen)
         if now - seen.asked >= 1 and not seen.gone:
             seen.asked, seen.gone = now, is_gone(seen.owner)
-        if seen.stamp is None or not (now - seen.since >= self.lease or seen.gone):
+        if not self._is_old(seen):
             return False
         # Once more: it may have been renewed, or seized by another observer.
         before = seen.stamp
         self._observe(name, seen)
-        return seen.stamp is not None and seen.stamp == before
+        return seen.stamp == before and self._is_old(seen)
+
+    def _is_old(self, seen: _Seen) -> bool:
+        if seen.stamp is None:
+            return False
+        lease = self.lease if seen.owner else min(self.lease, UNSIGNED)
+        return time.monotonic() - seen.since >= lease or seen.gone
 
     def _observe(self, name: str, seen: _Seen) -> None:
         stamp = self.place.stamp(name)
         if stamp != seen.stamp:
-            seen.stamp, seen.since = stamp, time.monotonic()
-            seen.owner = None if stamp is None else self._read_owner(name)
+            seen.stamp, seen.since, seen.owner = stamp, time.monotonic(), None
             seen.asked, seen.gone = float("-inf"), False
+        if stamp is not None and seen.owner is None:
+            seen.owner = self._read_owner(name)
 
     def _seize(self, name: str) -> None:
         # Of two that seize at once the later one has it; the other one learns of it before it publishes.

@@ -61,14 +61,23 @@ def test_a_job_writes_every_sample_once(unet, config, workers):
     assert names == {"meta.json", "index.json", "config.yaml", "units"}
 
 
-def test_units_of_a_dead_process_are_taken_over_and_those_of_a_living_one_waited_for(unet, config):
-    job = ExtractJob(config, unet)
+def test_units_of_a_living_process_are_waited_for_and_the_counters_tell_of_it(unet, config, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffrep.extract.monitor.WRITE", 0.1)
+    counters = tmp_path / "counters"
+    job = ExtractJob(config.model_copy(update={"monitor": str(counters)}), unet)
     other = Claims(StoreWriter(config.out, job.meta()).place, job.units, lease=300)
     unit = other.take()  # of this very process, which lives
     running = threading.Thread(target=job.run)
     running.start()
-    time.sleep(1.5)
+    until = time.monotonic() + 20
+    while len(list(Path(config.out).rglob("units/0000/0*.json"))) < 9 and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1)
     assert running.is_alive()  # everything else is done, and it waits
+    before = counters.stat().st_mtime_ns
+    while counters.stat().st_mtime_ns == before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert counters.stat().st_mtime_ns > before
     other.release(unit.number)
     running.join(20)
     assert not running.is_alive()
@@ -237,8 +246,13 @@ def test_counters_are_prometheus_text(tmp_path):
         time.sleep(0.01)
     monitor.batch(8, 2)
     monitor.unit()
+    last = time.time()
+    time.sleep(1.1)
     monitor.close()
     text = (tmp_path / "counters.1").read_text()
+    assert (
+        float(re.search(r"diffrep_last_progress_seconds{.*} (.*)", text)[1]) <= last + 0.5
+    )  # not when it was written
     sample = re.compile(r'diffrep_[a-z_]+\{store="a \\"store\\"",rank="1"(,part="[a-z]+")?\} [0-9.e+-]+')
     for line in text.splitlines():
         assert line.startswith(("# HELP diffrep_", "# TYPE diffrep_")) or sample.fullmatch(line), line

@@ -201,6 +201,23 @@ def test_a_claim_that_holds_nonsense_counts_by_its_stamp(place):
         assert place.list("units/0000") == []
 
 
+def test_a_claim_that_was_never_signed_does_not_hold_for_the_lease(place, monkeypatch):
+    monkeypatch.setattr("diffrep.store.claims.UNSIGNED", 0.2)
+    place.write(claim_name(0), [b""])
+    claims = Claims(place, units(1), 1000.0)
+    assert claims.take() is None
+    time.sleep(0.25)
+    assert numbers(claims, 1) == [0]
+    # One that is signed late is its owner's.
+    late = Claims(place, units(2), 1000.0)
+    place.write(claim_name(1), [b""])
+    assert late.take() is None
+    owner = Claims(place, units(2), 1000.0)
+    place.write(claim_name(1), [owner._owner()])
+    time.sleep(0.25)
+    assert late.take() is None
+
+
 KILLED = """
 import os, signal, sys
 from diffrep.store import Claims, list_units, open_place
